@@ -1,0 +1,1 @@
+../../saekit/__init__.py

@@ -1,0 +1,259 @@
+"""Text to activations on disk: one pass over a corpus, several hook points at once.
+
+A shard holds the rows of a fixed number of forward batches. That makes a harvest resumable to the
+byte: the shards in the manifest are kept, the windows that went into them are passed over, and
+what follows is computed in the very batches of an uninterrupted run.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from saekit.activations_cache import corpus, manifest, shards
+from saekit.activations_cache.manifest import Manifest
+from saekit.activations_cache.masks import KINDS
+from saekit.activations_cache.model import LanguageModel
+from saekit.activations_cache.shards import ActivationBatch
+from saekit.activations_cache.store import ActivationCache
+from saekit.activations_cache.tokens import TokenWindow, pad, windows
+from saekit.config import Config, differences
+from saekit.errors import CacheError, ConfigError, CorpusError
+from saekit.files import remove_partial
+from saekit.progress import bar
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HarvestConfig(Config):
+    """What to read, through which model, and what to keep of it."""
+
+    model: str = "demo"
+    """Language model: "demo" (embedded), a folder in transformers format, or a hub id."""
+
+    dataset: str = "demo"
+    """Corpus: "demo" (the standard library of this Python), a folder of text files, a .txt, .json,
+    .jsonl, .parquet or .csv file, or a hub id (streamed)."""
+
+    dataset_config: str | None = None
+    """Configuration of a dataset of the hub."""
+
+    dataset_split: str = "train"
+    """Split of a dataset of the hub."""
+
+    text_field: str = "text"
+    """Field of a dataset's rows that holds the text."""
+
+    hooks: tuple[str, ...] = ("resid_post.1",)
+    """Hook points, all harvested in one pass; `saekit inspect MODEL` lists them."""
+
+    n_tokens: int = 1_000_000
+    """Tokens, and so rows, at most; the corpus may end before."""
+
+    context: int = 256
+    """Tokens of a window, the beginning-of-sequence token included."""
+
+    batch_size: int = 32
+    """Windows in a forward pass."""
+
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Precision on disk."""
+
+    model_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision in which the model runs."""
+
+    holdout: float = 0.1
+    """Share of the documents, chosen by name, that training never sees and evaluation uses."""
+
+    shard_rows: int = 131_072
+    """Rows of a shard, about: a whole number of forward batches."""
+
+    device: str = "auto"
+    """Where the model runs: "auto" is a GPU where there is one."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_tokens", "batch_size", "shard_rows"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.context < 2:
+            raise ConfigError(
+                f"context={self.context} must be at least 2: a special token and a word"
+            )
+        if not 0 <= self.holdout < 1:
+            raise ConfigError(
+                f"holdout={self.holdout} must lie in [0, 1): it is a share of documents"
+            )
+        if not self.hooks or len(set(self.hooks)) < len(self.hooks):
+            raise ConfigError(
+                f"hooks={list(self.hooks)} must name at least one hook point, each once"
+            )
+
+    @property
+    def batches_per_shard(self) -> int:
+        return max(1, self.shard_rows // (self.batch_size * self.context))
+
+
+def harvest(cfg: HarvestConfig, out: Path | str, *, progress: bool = False) -> ActivationCache:
+    """Harvest into the folder `out`, or finish the harvest that was begun there.
+
+    Raises ConfigError where `out` holds something else, ModelError, CorpusError, and CacheError
+    for an activation that is not finite.
+    """
+    out = Path(out)
+    begun = _begun(cfg, out)
+    if begun is not None and begun.complete:
+        log.info("%s is complete: %d rows", out, begun.n_rows)
+        return ActivationCache.open(out)
+    device = resolve_device(cfg.device)
+    model = LanguageModel.load(cfg.model, device, DTYPES[cfg.model_dtype])
+    if cfg.context > model.context:
+        raise ConfigError(
+            f"context={cfg.context} exceeds what '{cfg.model}' can look at ({model.context} tokens)"
+        )
+    current = begun or Manifest(
+        config=cfg.to_dict(),
+        model=cfg.model,
+        model_fingerprint=model.fingerprint,
+        hooks=_widths(model, cfg.hooks),
+    )
+    if current.model_fingerprint != model.fingerprint:
+        raise CacheError(
+            f"{out} was begun with other weights of '{cfg.model}' (fingerprint "
+            f"{current.model_fingerprint[:12]}, now {model.fingerprint[:12]}): give another --out"
+        )
+    current.save(out)
+    _harvest_shards(cfg, out, model, current, progress)
+    return ActivationCache.open(out)
+
+
+def resolve_device(device: str) -> str:
+    """The device that a config names; "auto" is the first GPU where there is one."""
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _begun(cfg: HarvestConfig, out: Path) -> Manifest | None:
+    """What an earlier call of the same command left behind, less any shard that is no longer
+    whole."""
+    if not (out / manifest.NAME).exists():
+        if out.is_dir():
+            remove_partial(out)
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ConfigError(f"{out} exists and is no activation cache: give another --out")
+        return None
+    begun = Manifest.load(out)
+    if begun.config != cfg.to_dict():
+        raise ConfigError(
+            f"{out} holds a cache of another config ({differences(cfg.to_dict(), begun.config)}): "
+            "give "
+            "another --out, or the config that it was begun with"
+        )
+    remove_partial(out)
+    whole = 0
+    while whole < len(begun.shards) and (out / begun.shards[whole].file).is_file():
+        whole += 1
+    if whole == len(begun.shards):
+        return begun
+    return replace(begun, shards=begun.shards[:whole], complete=False)
+
+
+def _widths(model: LanguageModel, names: tuple[str, ...]) -> dict[str, int]:
+    probe = torch.full((1, 1), model.bos)
+    seen = model.capture(probe, names)
+    return {name: seen[name].shape[-1] for name in names}
+
+
+def _harvest_shards(
+    cfg: HarvestConfig, out: Path, model: LanguageModel, current: Manifest, progress: bool
+) -> None:
+    texts = corpus.documents(
+        cfg.dataset, config=cfg.dataset_config, split=cfg.dataset_split, text_field=cfg.text_field
+    )
+    stream = _batched(windows(texts, model, cfg.context, cfg.n_tokens), cfg.batch_size)
+    names = _DocumentNumbers()
+    for batch in islice(stream, len(current.shards) * cfg.batches_per_shard):
+        names.number(batch)
+    with bar("harvest", cfg.n_tokens, done=current.n_rows, shown=progress) as shown:
+        while some := list(islice(stream, cfg.batches_per_shard)):
+            first_new = len(names)
+            parts = []
+            for batch in some:
+                parts.append(_activations(cfg, model, batch, names))
+                shown.advance(sum(len(window.ids) for window in batch))
+            shard = shards.write(out, len(current.shards), _join(parts), names.since(first_new))
+            current = replace(current, shards=(*current.shards, shard))
+            current.save(out)
+    if current.n_rows == 0:
+        raise CorpusError(
+            f"dataset '{cfg.dataset}' gave no token: it is empty, or holds only empty documents"
+        )
+    replace(current, complete=True).save(out)
+
+
+def _activations(
+    cfg: HarvestConfig, model: LanguageModel, batch: list[TokenWindow], names: "_DocumentNumbers"
+) -> ActivationBatch:
+    ids = pad(batch, model.bos)
+    lengths = torch.tensor([len(window.ids) for window in batch])
+    position = torch.arange(ids.shape[1]).expand_as(ids)
+    kept = position < lengths[:, None]
+    acts = {}
+    for name, x in model.capture(ids, cfg.hooks).items():
+        rows = x[kept.to(x.device)].to("cpu", DTYPES[cfg.dtype])
+        if not rows.isfinite().all():
+            raise CacheError(
+                f"activations at '{name}' are not finite in documents {batch[0].document} to "
+                f"{batch[-1].document}, stored as {cfg.dtype}: use --dtype bfloat16 or float32, "
+                "or leave "
+                "those documents out"
+            )
+        acts[name] = rows
+    special = torch.isin(ids, torch.tensor(sorted(model.special)))
+    return ActivationBatch(
+        acts={name: acts[name] for name in cfg.hooks},
+        token=ids[kept].int(),
+        document=names.number(batch).repeat_interleave(lengths).int(),
+        position=position[kept].int(),
+        mask=(special[kept] * KINDS["special"]).to(torch.uint8),
+    )
+
+
+def _join(parts: list[ActivationBatch]) -> ActivationBatch:
+    columns = {c: torch.cat([getattr(part, c) for part in parts]) for c in shards.COLUMNS}
+    acts = {name: torch.cat([part.acts[name] for part in parts]) for name in parts[0].acts}
+    return ActivationBatch(acts=acts, **columns)
+
+
+def _batched(stream: Iterator[TokenWindow], size: int) -> Iterator[list[TokenWindow]]:
+    while batch := list(islice(stream, size)):
+        yield batch
+
+
+class _DocumentNumbers:
+    """Numbers documents in the order in which they appear; a document's windows stand together."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def number(self, batch: list[TokenWindow]) -> Tensor:
+        numbers = []
+        for window in batch:
+            if not self._names or self._names[-1] != window.document:
+                self._names.append(window.document)
+            numbers.append(len(self._names) - 1)
+        return torch.tensor(numbers)
+
+    def since(self, number: int) -> list[str]:
+        return self._names[number:]

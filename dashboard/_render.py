@@ -1,0 +1,92 @@
+"""Templates to text. HTML is escaped by default; Markdown by the filters `md` and `md_context`.
+
+Tokens and document names come from a corpus and are treated as hostile everywhere.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup
+
+from saekit.dashboard import figures
+from saekit.dashboard.data import Context, Span
+from saekit.results import Metric
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def render(template: str, **values: Any) -> str:
+    """The template of that name, filled; a value that it asks for and is not given raises."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=select_autoescape(["html.j2"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(
+        md=escape_markdown,
+        md_context=markdown_context,
+        number=number,
+        percent=percent,
+        shade=figures.shade,
+    )
+    return environment.get_template(template).render(**values)
+
+
+def contexts_html(contexts: Sequence[Context], maximum: float) -> str:
+    """Contexts as HTML: each token coloured by its activation, which its tooltip gives."""
+    return render("contexts.html.j2", contexts=contexts, maximum=maximum)
+
+
+def metrics_html(metrics: Mapping[str, Metric]) -> str:
+    """Every metric with its definition, as an HTML table."""
+    return render("metrics.html.j2", metrics=metrics)
+
+
+def style() -> Markup:
+    """The style that the pieces of HTML above need; for the inside of a style element."""
+    return Markup(render("style.css.j2"))
+
+
+def number(value: float) -> str:
+    """Four significant digits, thousands grouped; whole numbers whole."""
+    if math.isfinite(value) and value == int(value):
+        return f"{int(value):,}"
+    return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.1f}"
+
+
+def percent(value: float) -> str:
+    """A share as percent: one decimal, small shares with two significant digits."""
+    return f"{value:.1%}" if value == 0 or abs(value) >= 0.01 else f"{100 * value:.2g}%"
+
+
+def escape_markdown(text: object) -> str:
+    """Text that Markdown (GitHub's included) shows as it is: no markup, no HTML, no table cells."""
+    return re.sub(r"([\\`*_\[\]~|$])", r"\\\1", escape(str(text), quote=False))
+
+
+def markdown_context(context: Context) -> str:
+    """One context in a line, its peak bold.
+
+    Asterisks open and close bold only beside letters and digits, so other peaks get a `b` element.
+    """
+    return "".join(
+        _bold(span) if span.is_peak else escape_markdown(span.text) for span in context.spans
+    )
+
+
+def _bold(span: Span) -> str:
+    core = span.text.strip(" ")
+    if not core:
+        return "<b>" + "␣" * len(span.text) + "</b>"
+    before, after = span.text.split(core, 1)
+    text = escape_markdown(core)
+    plain = core[0].isalnum() and core[-1].isalnum()
+    return f"{before}**{text}**{after}" if plain else f"{before}<b>{text}</b>{after}"

@@ -1,0 +1,186 @@
+"""A run as a document: `report.html`, one file that needs no network, and `report.md`."""
+
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from saekit.dashboard import _render, data, figures
+from saekit.dashboard.data import Run
+from saekit.errors import SaekitError
+from saekit.files import write_text
+from saekit.results import EvalResult, LatentExamples
+
+N_CONTEXTS, N_LOGITS = 6, 8
+"""Contexts and output tokens shown of each latent."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A headline number."""
+
+    label: str
+    value: str
+    aside: str
+    definition: str
+
+
+def write_report(run: Path, out: Path | None = None, *, n_latents: int = 24, seed: int = 0) -> Path:
+    """Write the report of a finished run and return its path: `report.html` in the run, or `out`.
+
+    The Markdown goes beside it under the same name. `n_latents` are sampled with `seed`. Raises
+    SaekitError, with the commands to give, where the SAE or a result is not there yet.
+    """
+    opened = Run.open(run)
+    core, examples = opened.core, opened.examples
+    if opened.training or core is None or examples is None:
+        commands = "\n".join(f"    {command}" for command in opened.missing())
+        raise SaekitError(
+            f"a report of {run} needs results that are not there yet; give first:\n{commands}"
+        )
+    out = opened.path / "report.html" if out is None else Path(out)
+    if out.suffix not in (".html", ".htm"):
+        raise SaekitError(
+            f"{out} must end in .html: that is what is written, with Markdown (.md) beside it"
+        )
+    chosen = data.sample_latents(examples, n_latents, seed)
+    values = {
+        "run": opened,
+        "core": core,
+        "facts": facts(opened),
+        "tiles": tiles(core),
+        "measured_on": measured_on(core),
+        "sample_note": _sample_note(examples, chosen, seed),
+        "context_note": context_note(examples),
+        "latents": [_latent(examples, latent) for latent in chosen],
+        "commands": _commands(opened),
+        "provenance": _provenance(opened, core),
+    }
+    charts = {
+        "training": figures.training_curves(opened.curves),
+        "density": figures.density_histogram(examples.density),
+        "ladder": figures.ce_ladder(core.metrics),
+    }
+    page = _render.render(
+        "report.html.j2",
+        **values,
+        figures={name: Markup(figures.to_html(figure, name)) for name, figure in charts.items()},
+        plotly=Markup(figures.plotly_script()),
+        style=_render.style(),
+        metrics_html=Markup(_render.metrics_html(core.metrics)),
+    )
+    write_text(out.with_suffix(".md"), _render.render("report.md.j2", **values))
+    write_text(out, page)
+    return out
+
+
+def facts(run: Run) -> list[tuple[str, str]]:
+    """What the run is, in a line of labels and values."""
+    labels = {"kind": run.kind, "d_sae": run.d_sae, "k": run.config.get("k")}
+    if run.provenance is not None:
+        labels["rows trained on"] = run.provenance.rows_seen
+    return [
+        (label, f"{value:,}" if isinstance(value, int) else str(value))
+        for label, value in labels.items()
+        if value is not None
+    ]
+
+
+def tiles(core: EvalResult) -> list[Tile]:
+    """The headline numbers that were measured, each with its full definition."""
+    kinds = {
+        "ev": ("Explained variance", "{:.3f}", "1 is perfect"),
+        "ce_recovered_zero": ("CE recovered (zero)", "{:.3f}", "1 is perfect, 0 is zero-ablation"),
+        "ce_recovered_mean": ("CE recovered (mean)", "{:.3f}", "1 is perfect, 0 is mean-ablation"),
+        "l0_mean": ("L0", "{:.1f}", "active latents a token, mean"),
+        "dead_share": ("Dead latents", "{:.1%}", "never fired in the evaluation"),
+    }
+    return [
+        Tile(label, form.format(core.metrics[name].value), aside, core.metrics[name].definition)
+        for name, (label, form, aside) in kinds.items()
+        if name in core.metrics
+    ]
+
+
+def measured_on(core: EvalResult) -> str:
+    """Which tokens the numbers are about."""
+    left_out = f"without {_listing(core.exclude)} tokens" if core.exclude else "every token counted"
+    return f"Measured at {core.hook} on {_split(core.split)}, {left_out}."
+
+
+def context_note(examples: LatentExamples) -> str:
+    """Where the contexts are from and how they were picked."""
+    left_out = f", {_listing(examples.exclude)} tokens left out" if examples.exclude else ""
+    return (
+        f"Contexts are each latent's strongest among {examples.n_rows:,} tokens of "
+        f"{_split(examples.split)}{left_out}; weaker activations may mean something else."
+    )
+
+
+def _sample_note(examples: LatentExamples, chosen: list[int], seed: int) -> str:
+    alive = int((~data.is_dead(examples)).sum())
+    if len(chosen) == alive:
+        return f"All {alive:,} latents that fire, the densest first."
+    return (
+        f"{len(chosen)} of the {alive:,} latents that fire, not picked by hand: one drawn at "
+        f"random (seed {seed}) from each of {len(chosen)} equal groups by density, densest first."
+    )
+
+
+def _latent(examples: LatentExamples, latent: int) -> dict[str, Any]:
+    contexts = data.contexts(examples, latent, N_CONTEXTS)
+    maximum = float(examples.maximum[latent])
+    return {
+        "index": latent,
+        "density": float(examples.density[latent]),
+        "maximum": maximum,
+        "contexts": contexts,
+        "contexts_html": Markup(_render.contexts_html(contexts, maximum)),
+        "histogram": Markup(figures.histogram_svg(examples.histogram[latent], maximum)),
+        "promoted": data.promoted(examples, latent)[:N_LOGITS],
+        "suppressed": data.suppressed(examples, latent)[:N_LOGITS],
+    }
+
+
+def _commands(run: Run) -> list[str]:
+    again = f"{run.path}-again"
+    train = f"saekit train {run.kind} {shlex.quote(str(run.path / data.CONFIG))}"
+    return [
+        *([f"{train} --out {shlex.quote(again)}"] if (run.path / data.CONFIG).is_file() else []),
+        data.eval_command("core", Path(again)),
+        data.eval_command("examples", Path(again)),
+        f"saekit report {shlex.quote(again)}",
+    ]
+
+
+def _provenance(run: Run, core: EvalResult) -> list[tuple[str, list[tuple[str, str]]]]:
+    made = run.provenance
+    identity = {
+        "SAE fingerprint": run.fingerprint,
+        "cache fingerprint, trained on": made.cache_fingerprint if made else None,
+        "cache fingerprint, evaluated on": core.cache_fingerprint,
+        "model": made.model if made else None,
+        "model fingerprint": made.model_fingerprint if made else None,
+    }
+    return [
+        ("Identity", _rows(identity)),
+        ("Versions, training", _rows(made.versions if made else {})),
+        ("Versions, evaluation", _rows(core.versions)),
+        ("Config, training", _rows(run.config)),
+        ("Config, evaluation", _rows(core.config)),
+    ]
+
+
+def _rows(values: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(key, str(value)) for key, value in values.items() if value is not None]
+
+
+def _listing(names: Iterable[str]) -> str:
+    return ", ".join(names)
+
+
+def _split(name: str) -> str:
+    return "all documents" if name == "all" else f"the {name} split"

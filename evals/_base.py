@@ -1,0 +1,200 @@
+"""What every evaluation shares: its config, the check that SAE and cache belong together, and
+`evaluate`.
+
+Axes: row (activations that the token mask keeps), d (their width).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saekit import checkpoint
+from saekit.activations_cache.harvest import DTYPES, resolve_device
+from saekit.activations_cache.model import LanguageModel
+from saekit.activations_cache.store import ActivationCache
+from saekit.config import Config
+from saekit.errors import CacheError, ConfigError
+from saekit.evals import _kinds
+from saekit.progress import bar
+from saekit.results import EvalResult, LatentExamples, Metric, versions
+from saekit.sae import SAE
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(Config):
+    """Which rows an evaluation looks at. One mask serves all of its numbers."""
+
+    split: Literal["train", "test", "all"] = "test"
+    """Documents to look at: "test" are those held out from training."""
+
+    exclude: tuple[str, ...] = ("special",)
+    """Kinds of token left out of every number (see the cache's masks)."""
+
+    max_rows: int = 400_000
+    """Activations to look at, at most: the first of the split."""
+
+    batch_size: int = 4096
+    """Activations at once; results do not depend on it, up to fp32 rounding."""
+
+    device: str = "auto"
+    """Where SAE and model run: "auto" is a GPU where there is one."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_rows", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """What an evaluation hands to `evaluate`, which adds where it comes from."""
+
+    metrics: dict[str, Metric]
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    product: LatentExamples | None = None
+    """Saved beside the EvalResult, for an evaluation that has a file format of its own."""
+
+
+class Eval(ABC):
+    """One evaluation of one SAE. A module of this folder offers a subclass as `EVAL`."""
+
+    Config: ClassVar[type[EvalConfig]]
+
+    def __init__(
+        self,
+        cfg: EvalConfig,
+        sae: SAE,
+        cache: ActivationCache,
+        hook: str,
+        *,
+        progress: bool = False,
+    ) -> None:
+        self.cfg = cfg
+        self.device = resolve_device(cfg.device)
+        self.sae = sae.to(self.device, torch.float32)
+        self.cache = cache
+        self.hook = hook
+        self.progress = progress
+
+    @abstractmethod
+    def run(self) -> Findings:
+        """Look, and report. Called under `torch.no_grad`, with an SAE that fits cache and hook."""
+
+    def batches(self) -> Iterator[Float[Tensor, "row d"]]:
+        """The activations that the mask keeps, at most `max_rows`, in stored order.
+
+        Raises CacheError where there are none.
+        """
+        cfg = self.cfg
+        index = self.cache.indices(cfg.split, cfg.exclude)[: cfg.max_rows]
+        if len(index) == 0:
+            raise CacheError(
+                f"split '{cfg.split}' of {self.cache.path} has no rows outside "
+                f"{list(cfg.exclude)}; choose another split, or harvest more documents"
+            )
+        with bar("activations", len(index), shown=self.progress) as shown:
+            for some in torch.split(index, cfg.batch_size):
+                yield self.cache.rows(self.hook, some).to(self.device)
+                shown.advance(len(some))
+
+    def load_model(self) -> LanguageModel:
+        """The language model that the cache was harvested from, in the precision it ran in then.
+
+        Raises CacheError where another model now goes by that name.
+        """
+        dtype = DTYPES[self.cache.manifest.config["model_dtype"]]
+        model = LanguageModel.load(self.cache.model, self.device, dtype)
+        if model.fingerprint != self.cache.model_fingerprint:
+            raise CacheError(
+                f"{self.cache.path} was harvested from weights of '{self.cache.model}' with "
+                f"fingerprint {self.cache.model_fingerprint[:12]}, but that name now leads to "
+                f"{model.fingerprint[:12]}: put the old weights back, or harvest again"
+            )
+        return model
+
+
+def evaluate(
+    name: str,
+    sae: SAE,
+    cache: ActivationCache,
+    *,
+    hook: str | None = None,
+    config: EvalConfig | None = None,
+    out: Path | str | None = None,
+    progress: bool = False,
+) -> EvalResult:
+    """Run the evaluation `name`, and save what it finds into the folder `out` where one is given.
+
+    The hook is the one that the SAE was trained on; it must be given for an SAE of unknown origin.
+    Raises ConfigError for an unknown name or another evaluation's config, and CacheError for an SAE
+    that does not belong to the cache's model, to the hook, or to its width.
+    """
+    kind = _kinds.find(name)
+    cfg = kind.Config() if config is None else config
+    if not isinstance(cfg, kind.Config):
+        raise ConfigError(
+            f"evaluation '{name}' takes a {kind.Config.__name__}, not a {type(cfg).__name__}"
+        )
+    hook = matching_hook(sae, cache, hook)
+    with torch.no_grad():
+        found: Findings = kind(cfg, sae, cache, hook, progress=progress).run()
+    result = EvalResult(
+        eval=name,
+        metrics=found.metrics,
+        hook=hook,
+        split=cfg.split,
+        exclude=cfg.exclude,
+        sae_fingerprint=checkpoint.fingerprint(sae),
+        cache_fingerprint=cache.fingerprint,
+        config=cfg.to_dict(),
+        versions=versions(),
+        arrays=found.arrays,
+    )
+    if out is not None:
+        if found.product is not None:
+            replace(found.product, sae_fingerprint=result.sae_fingerprint).save(Path(out))
+        result.save(Path(out))
+    return result
+
+
+def matching_hook(sae: SAE, cache: ActivationCache, hook: str | None) -> str:
+    """The hook to evaluate at, once SAE, model, hook and width are known to belong together."""
+    origin = sae.provenance
+    if origin is None and hook is None:
+        raise ConfigError(
+            "this SAE does not say which hook point it was trained on: name it, hook='...'; "
+            f"the cache holds {', '.join(cache.hooks)}"
+        )
+    if origin is not None:
+        if origin.model_fingerprint != cache.model_fingerprint:
+            raise CacheError(
+                f"the SAE was trained on model '{origin.model}' (fingerprint "
+                f"{origin.model_fingerprint[:12]}), but {cache.path} holds activations of "
+                f"'{cache.model}' ({cache.model_fingerprint[:12]}): give a cache of the SAE's model"
+            )
+        if hook is not None and hook != origin.hook:
+            raise CacheError(
+                f"the SAE was trained on hook '{origin.hook}', but hook '{hook}' was asked for: "
+                "leave the hook out, or give an SAE of that hook"
+            )
+        hook = origin.hook
+    assert hook is not None
+    width = cache.width(hook)
+    if sae.d_in != width:
+        raise CacheError(
+            f"the SAE reads activations of width {sae.d_in}, but '{hook}' of {cache.path} has "
+            f"width {width}: give the hook that the SAE was trained on"
+        )
+    if sae.d_out != sae.d_in:
+        raise CacheError(
+            f"the SAE turns width {sae.d_in} into width {sae.d_out}: it predicts another hook's "
+            "activations, and there is no evaluation of transcoders yet"
+        )
+    return hook

@@ -1,0 +1,173 @@
+"""What a model loses when the activation at one hook point is replaced: cross-entropy and KL per
+token.
+
+The *edited* positions are exactly those that the token mask keeps; all others, the
+beginning-of-sequence token among them, pass through untouched. A position is *scored* when it is
+edited and has a next token in its window: its loss is that of predicting that token. Each edit sees
+the same positions.
+
+Axes: batch (windows), pos, row (edited positions), d, token (scored positions), vocab.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from saekit.activations_cache.harvest import DTYPES
+from saekit.activations_cache.model import LanguageModel
+from saekit.activations_cache.store import ActivationCache, Window
+from saekit.errors import CacheError
+from saekit.evals._metrics import Mean, cross_entropy, kl_divergence
+
+Edit = Callable[[Float[Tensor, "row d"]], Float[Tensor, "row d"]]
+"""From the activations of the edited positions to what takes their place."""
+
+_LOGITS_AT_ONCE = 2**25
+"""Elements of one `[batch, pos, vocab]` tensor, about: 128 MiB in fp32, and two are alive at a
+time."""
+
+_PROBABILITIES_AT_ONCE = 2**23
+"""Elements of one fp32 `[token, vocab]` tensor."""
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Means over the scored positions."""
+
+    ce: Mean = Mean()
+    """-log p(next token)."""
+    kl: Mean = Mean()
+    """KL(clean || edited) of the next-token distributions."""
+
+    def __add__(self, other: "Losses") -> "Losses":
+        return Losses(self.ce + other.ce, self.kl + other.kl)
+
+
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """Windows padded on the right; attention is causal, so nothing before the padding sees it."""
+
+    ids: Int[Tensor, "batch pos"]
+    edited: Bool[Tensor, "batch pos"]
+    scored: Bool[Tensor, "batch pos"]
+
+    @classmethod
+    def of(cls, windows: Sequence[Window], n_scored: int, device: str) -> "_Batch":
+        """`n_scored` is how many positions to score at most: the first, in stored order."""
+        shape = len(windows), max(len(window.tokens) for window in windows)
+        ids = torch.zeros(shape, dtype=torch.long)
+        edited = torch.zeros(shape, dtype=torch.bool)
+        scored = torch.zeros(shape, dtype=torch.bool)
+        for row, window in enumerate(windows):
+            n = len(window.tokens)
+            ids[row, :n] = window.tokens
+            edited[row, :n] = window.keep
+            scored[row, : n - 1] = window.keep[:-1]
+        scored &= scored.flatten().cumsum(0).view(shape) <= n_scored
+        return cls(ids.to(device), edited.to(device), scored.to(device))
+
+
+def spliced_losses(
+    model: LanguageModel,
+    cache: ActivationCache,
+    hook: str,
+    edits: Mapping[str, Edit],
+    windows: Iterator[Window],
+    n_tokens: int,
+    advance: Callable[[int], None],
+) -> dict[str, Losses]:
+    """Losses by the name of the edit, and those of the untouched model as "clean".
+
+    The first `n_tokens` scored positions count. Raises CacheError where the model's activations at
+    the hook are not those of the cache.
+    """
+    losses = dict.fromkeys(("clean", *edits), Losses())
+    left = n_tokens
+    for some in _batched(windows, len(model.vocab)):
+        batch = _Batch.of(some, left, str(model.device))
+        target = batch.ids.roll(-1, dims=1)[batch.scored]
+        seen: list[Tensor] = []
+        clean = model.logits(batch.ids, {hook: _recording(seen)})[batch.scored]
+        _compare_with_cache(seen[0][batch.edited].float().cpu(), some, cache, hook)
+        losses["clean"] += _compare(clean, clean, target)
+        for name, edit in edits.items():
+            logits = model.logits(batch.ids, {hook: _only_at(batch.edited, edit)})[batch.scored]
+            losses[name] += _compare(clean, logits, target)
+        left -= len(target)
+        advance(len(target))
+        if left <= 0:
+            break
+    return losses
+
+
+def _batched(windows: Iterator[Window], vocab: int) -> Iterator[list[Window]]:
+    some: list[Window] = []
+    longest = 0
+    for window in windows:
+        longest = max(longest, len(window.tokens))
+        if some and (len(some) + 1) * longest * vocab > _LOGITS_AT_ONCE:
+            yield some
+            some, longest = [], len(window.tokens)
+        some.append(window)
+    if some:
+        yield some
+
+
+def _recording(seen: list[Tensor]) -> Callable[[Tensor], Tensor]:
+    def record(x: Tensor) -> Tensor:
+        seen.append(x)
+        return x
+
+    return record
+
+
+def _only_at(edited: Bool[Tensor, "batch pos"], edit: Edit) -> Callable[[Tensor], Tensor]:
+    """The edit as a function of the whole activation. It works in fp32, whatever the model does."""
+
+    def replace(x: Tensor) -> Tensor:
+        x = x.clone()
+        x[edited] = edit(x[edited].float()).to(x.dtype)
+        return x
+
+    return replace
+
+
+def _compare(
+    clean: Float[Tensor, "token vocab"],
+    edited: Float[Tensor, "token vocab"],
+    target: Int[Tensor, " token"],
+) -> Losses:
+    """Losses of some tokens, a few at a time, so that a large vocabulary fits in fp32."""
+    size = max(1, _PROBABILITIES_AT_ONCE // clean.shape[1])
+    losses = Losses()
+    for p, q, token in zip(*(torch.split(t, size) for t in (clean, edited, target)), strict=True):
+        log_p, log_q = p.float().log_softmax(1), q.float().log_softmax(1)
+        losses += Losses(Mean.of(cross_entropy(log_q, token)), Mean.of(kl_divergence(log_p, log_q)))
+    return losses
+
+
+def _compare_with_cache(
+    live: Float[Tensor, "row d"], windows: Sequence[Window], cache: ActivationCache, hook: str
+) -> None:
+    """Refuse to mix numbers from the cache with those of a model that gives other activations.
+
+    Rounding on disk and in the model explains `|live - cached| / |cached|` of about half an epsilon
+    of the coarser dtype; four are allowed, for other batch shapes and other devices.
+    """
+    stored = torch.cat(
+        [cache.row_slice(hook, w.start, w.start + len(w.tokens))[w.keep] for w in windows]
+    )
+    config = cache.manifest.config
+    epsilon = max(torch.finfo(DTYPES[config[key]]).eps for key in ("dtype", "model_dtype"))
+    allowed = 4 * epsilon + 1e-4
+    apart, length = float((live - stored).norm()), float(stored.norm())
+    if not apart <= allowed * length:
+        raise CacheError(
+            f"model '{cache.model}' now gives other activations at '{hook}' than {cache.path} "
+            f"holds: they differ by {apart / max(length, 1e-30):.2g} of their length, where "
+            f"storage as {config['dtype']} explains at most {allowed:.2g}. Harvest the cache again "
+            "with the versions installed now"
+        )

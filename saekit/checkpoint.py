@@ -1,0 +1,129 @@
+"""The native SAE folder: `sae.safetensors` (the tensors) and `config.json` (activation, origin,
+checksum).
+
+`config.json` is written last and carries the checksum of the tensors, so a folder that was half
+written, or whose tensors were altered, is refused rather than read.
+"""
+
+import json
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from saekit.errors import CheckpointError
+from saekit.files import file_sha256, write_atomic, write_json
+from saekit.results import Provenance
+from saekit.sae import SAE, Activation, JumpReLU, ReLU, TopK
+
+WEIGHTS = "sae.safetensors"
+CONFIG = "config.json"
+FORMAT = "saekit-sae"
+VERSION = 1
+
+
+def save(sae: SAE, folder: Path | str) -> str:
+    """Write the SAE into `folder` (made where missing); returns its fingerprint."""
+    folder = Path(folder)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in sae.tensors().items()}
+    write_atomic(folder / WEIGHTS, lambda path: save_file(tensors, path))
+    digest = file_sha256(folder / WEIGHTS)
+    config = {
+        "format": FORMAT,
+        "version": VERSION,
+        "activation": _activation_to_dict(sae.activation),
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "d_out": sae.d_out,
+        "fingerprint": digest,
+        "provenance": sae.provenance.to_dict() if sae.provenance else None,
+    }
+    write_json(folder / CONFIG, config)
+    return digest
+
+
+def fingerprint(sae: SAE) -> str:
+    """What `save` would return: the SHA-256 of the tensors as the file holds them."""
+    tensors = {name: t.detach().cpu().contiguous() for name, t in sae.tensors().items()}
+    return sha256(safetensors.torch.save(tensors)).hexdigest()
+
+
+def load(path: Path | str, device: str = "cpu") -> SAE:
+    """Read an SAE folder (a run's folder is one).
+
+    Raises CheckpointError where the folder holds no finished SAE or its tensors fail their
+    checksum.
+    """
+    folder = Path(path)
+    config = read_config(folder)
+    try:
+        tensors = load_file(folder / WEIGHTS, device=device)
+        actual = file_sha256(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder / WEIGHTS} cannot be read: {error}") from error
+    if actual != config["fingerprint"]:
+        raise CheckpointError(
+            f"{folder / WEIGHTS} has SHA-256 {actual[:12]}..., {CONFIG} beside it says "
+            f"{config['fingerprint'][:12]}...: the file was altered or only partly written. "
+            "Copy the folder again from its source, or train again"
+        )
+    provenance = config["provenance"]
+    return SAE(
+        W_enc=tensors["W_enc"],
+        b_enc=tensors["b_enc"],
+        W_dec=tensors["W_dec"],
+        b_dec=tensors["b_dec"],
+        activation=_activation_from_dict(config["activation"], tensors),
+        W_skip=tensors.get("W_skip"),
+        provenance=Provenance.from_dict(provenance) if provenance else None,
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's `config.json`, checked to be a native SAE's of a version this release reads."""
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder} holds no finished SAE ({CONFIG} is missing or unreadable). Give the folder "
+            "that "
+            "`saekit train ... --out` wrote; if the run was stopped, the same command finishes it"
+        ) from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a saekit SAE: its 'format' is not '{FORMAT}'")
+    if config["version"] > VERSION:
+        raise CheckpointError(
+            f"{path} is of format version {config['version']}, this saekit reads up to {VERSION}: "
+            "upgrade saekit"
+        )
+    return config
+
+
+def _activation_to_dict(activation: Activation) -> dict[str, Any]:
+    match activation:
+        case ReLU():
+            return {"kind": "relu"}
+        case TopK(k):
+            return {"kind": "topk", "k": k}
+        case JumpReLU():
+            return {"kind": "jumprelu"}
+
+
+def _activation_from_dict(values: dict[str, Any], tensors: dict[str, Tensor]) -> Activation:
+    match values["kind"]:
+        case "relu":
+            return ReLU()
+        case "topk":
+            return TopK(values["k"])
+        case "jumprelu":
+            return JumpReLU(tensors["threshold"])
+        case other:
+            raise CheckpointError(
+                f"activation kind '{other}' is unknown to this saekit (relu, topk, jumprelu): "
+                "upgrade"
+            )

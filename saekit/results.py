@@ -1,0 +1,175 @@
+"""The files that evaluations write and the report and dashboard read, and where a result comes
+from.
+
+No torch here: a reader of results needs numpy and no more. Axes: d_sae (latents), context
+(examples of one latent, strongest first), window (tokens of one example), top (most promoted
+tokens), bin.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from platform import python_version
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Float16, Int
+from numpy import ndarray
+from safetensors.numpy import load_file, save_file
+
+from saekit.errors import SaekitError
+from saekit.files import write_atomic, write_json
+
+RESULTS = "results"
+"""The folder inside a run that holds its results."""
+
+
+def versions() -> dict[str, str]:
+    """What a result was computed with."""
+    packages = {name: version(name) for name in ("saekit", "torch", "transformers")}
+    return {"python": python_version(), **packages}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """What an SAE was made from: enough to make it again, and to refuse what it does not belong
+    to."""
+
+    kind: str
+    hook: str
+    model: str
+    model_fingerprint: str
+    cache_fingerprint: str
+    config: dict[str, Any]
+    rows_seen: int
+    """Activations trained on, repeats counted."""
+    versions: dict[str, str]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Provenance":
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One number, how it is defined, and over how many rows it was taken."""
+
+    value: float
+    definition: str
+    """Equation and reading in a line: what 0 and 1 mean, which baseline."""
+    n: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalResult:
+    """What one evaluation found. Written as `results/<eval>.json`, arrays beside it as
+    safetensors."""
+
+    eval: str
+    metrics: dict[str, Metric]
+    hook: str
+    split: str
+    """Which documents: "test" are those held out from training."""
+    exclude: tuple[str, ...]
+    """Kinds of token left out of every number here."""
+    sae_fingerprint: str | None
+    cache_fingerprint: str
+    config: dict[str, Any]
+    versions: dict[str, str]
+    arrays: dict[str, ndarray] = field(default_factory=dict)
+    """Per-latent or per-bin values, by name."""
+
+    def save(self, folder: Path) -> Path:
+        """Write into `folder` (a run's results); returns the JSON file's path."""
+        _save_arrays(folder / f"{self.eval}.safetensors", self.arrays)
+        values = dataclasses.asdict(dataclasses.replace(self, arrays={}))
+        del values["arrays"]
+        path = folder / f"{self.eval}.json"
+        write_json(path, values)
+        return path
+
+    @classmethod
+    def load(cls, folder: Path, name: str) -> "EvalResult":
+        values = _read_json(folder / f"{name}.json", name)
+        values["metrics"] = {key: Metric(**m) for key, m in values["metrics"].items()}
+        values["exclude"] = tuple(values["exclude"])
+        return cls(**values, arrays=_load_arrays(folder / f"{name}.safetensors"))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LatentExamples:
+    """For every latent: where it fires most, how often, how strongly, and which tokens it promotes.
+
+    Written as `results/latents.safetensors` and `.json`. Unused slots hold peak 0 and token -1.
+    """
+
+    peak: Float[ndarray, "d_sae context"]
+    """The strongest activation in each example; 0 marks an empty slot."""
+    peak_at: Int[ndarray, "d_sae context"]
+    """The column of that activation in the window."""
+    tokens: Int[ndarray, "d_sae context window"]
+    acts: Float16[ndarray, "d_sae context window"]
+    document: Int[ndarray, "d_sae context"]
+    """Index into `documents`."""
+    density: Float[ndarray, " d_sae"]
+    """Share of the rows on which the latent is active."""
+    histogram: Int[ndarray, "d_sae bin"]
+    """Counts of the active values, in equal bins from 0 to the latent's maximum."""
+    maximum: Float[ndarray, " d_sae"]
+    promoted: Int[ndarray, "d_sae top"]
+    """Tokens whose output logit the decoder direction raises most; -1 where the hook does not
+    write to the residual stream."""
+    promoted_logit: Float[ndarray, "d_sae top"]
+    suppressed: Int[ndarray, "d_sae top"]
+    suppressed_logit: Float[ndarray, "d_sae top"]
+    vocab: list[str]
+    """Every token as text, by id."""
+    documents: list[str]
+    n_rows: int
+    """Rows looked at."""
+    split: str
+    exclude: tuple[str, ...]
+    sae_fingerprint: str | None = None
+    """Of the weights these examples are of, so that a report never mixes them with another
+    SAE's."""
+
+    NAME = "latents"
+
+    def save(self, folder: Path) -> Path:
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        arrays = {key: value for key, value in values.items() if isinstance(value, ndarray)}
+        _save_arrays(folder / f"{self.NAME}.safetensors", arrays)
+        path = folder / f"{self.NAME}.json"
+        write_json(path, {key: value for key, value in values.items() if key not in arrays})
+        return path
+
+    @classmethod
+    def load(cls, folder: Path) -> "LatentExamples":
+        values = _read_json(folder / f"{cls.NAME}.json", "examples")
+        values["exclude"] = tuple(values["exclude"])
+        values |= _load_arrays(folder / f"{cls.NAME}.safetensors")
+        return cls(**values)
+
+
+def _save_arrays(path: Path, arrays: dict[str, ndarray]) -> None:
+    contiguous = {key: np.ascontiguousarray(value) for key, value in arrays.items()}
+    write_atomic(path, lambda temporary: save_file(contiguous, temporary))
+
+
+def _load_arrays(path: Path) -> dict[str, ndarray]:
+    return load_file(path)
+
+
+def _read_json(path: Path, eval_name: str) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        command = f"saekit eval {eval_name} --sae {path.parent.parent}"
+        raise SaekitError(f"{path} is not there; write it with `{command}`") from error
+    assert isinstance(values, dict)
+    return values

@@ -1,0 +1,176 @@
+"""What a sparse autoencoder is, once trained: the one inference form of every kind and every file
+format.
+
+    z = activation(x @ W_enc + b_enc),    x_hat = z @ W_dec + b_dec  (+ x @ W_skip)
+
+Whatever a trainer does to its input (centring by b_dec, scaling) is folded into these weights when
+it exports. Axes: batch, d_in, d_out (= d_in but for transcoders), d_sae (latents), k (latents kept
+a row).
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saekit import kernels
+from saekit.errors import ConfigError
+from saekit.results import Provenance
+
+
+@dataclass(frozen=True)
+class ReLU:
+    """Every positive pre-activation is kept."""
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The k largest pre-activations of each row are kept, and of those the positive ones."""
+
+    k: int
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ConfigError(f"k={self.k} must be at least 1: it is how many latents a row keeps")
+
+
+@dataclass(frozen=True, eq=False)
+class JumpReLU:
+    """A pre-activation is kept, unchanged, where it exceeds its latent's threshold (>= 0)."""
+
+    threshold: Float[Tensor, " d_sae"]
+
+
+Activation = ReLU | TopK | JumpReLU
+
+
+@dataclass(frozen=True, eq=False)
+class SparseCode:
+    """The active latents of each row. A slot whose value is 0 holds no latent, whatever its index
+    says."""
+
+    values: Float[Tensor, "batch k"]
+    indices: Int[Tensor, "batch k"]
+
+    def dense(self, d_sae: int) -> Float[Tensor, "batch {d_sae}"]:
+        z = self.values.new_zeros(self.values.shape[0], d_sae)
+        return z.scatter_add_(1, self.indices, self.values)
+
+
+@dataclass(frozen=True, eq=False)
+class SAE:
+    """A sparse autoencoder ready for use: tensors in, tensors out, nothing hidden."""
+
+    W_enc: Float[Tensor, "d_in d_sae"]
+    b_enc: Float[Tensor, " d_sae"]
+    W_dec: Float[Tensor, "d_sae d_out"]
+    b_dec: Float[Tensor, " d_out"]
+    activation: Activation
+    W_skip: Float[Tensor, "d_in d_out"] | None = None
+    provenance: Provenance | None = None
+    """Where it comes from; None for weights made by hand."""
+
+    def __post_init__(self) -> None:
+        d_in, d_sae = self.W_enc.shape
+        want = {
+            "W_enc": (d_in, d_sae),
+            "b_enc": (d_sae,),
+            "W_dec": (d_sae, self.d_out),
+            "b_dec": (self.d_out,),
+            "W_skip": (d_in, self.d_out),
+            "threshold": (d_sae,),
+        }
+        for name, tensor in self.tensors().items():
+            shape = want[name]
+            if tuple(tensor.shape) != shape:
+                raise ConfigError(
+                    f"{name} has shape {tuple(tensor.shape)}, but W_enc {tuple(self.W_enc.shape)} "
+                    f"and W_dec {tuple(self.W_dec.shape)} ask for {shape}"
+                )
+        if isinstance(self.activation, TopK) and self.activation.k > d_sae:
+            raise ConfigError(
+                f"k={self.activation.k} exceeds d_sae={d_sae}: at most all latents can be kept"
+            )
+
+    @property
+    def d_in(self) -> int:
+        return self.W_enc.shape[0]
+
+    @property
+    def d_sae(self) -> int:
+        return self.W_enc.shape[1]
+
+    @property
+    def d_out(self) -> int:
+        return self.W_dec.shape[1]
+
+    def pre(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
+        """Pre-activations: what the activation chooses from."""
+        return x @ self.W_enc + self.b_enc
+
+    def encode(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
+        """Latents as a dense matrix; for many rows or latents prefer `encode_sparse`."""
+        match self.activation:
+            case ReLU():
+                return self.pre(x).relu()
+            case JumpReLU(threshold):
+                pre = self.pre(x)
+                return pre * (pre > threshold)
+            case TopK():
+                return self.encode_sparse(x).dense(self.d_sae)
+
+    def encode_sparse(self, x: Float[Tensor, "batch d_in"]) -> SparseCode:
+        """Latents as (values, indices). ReLU and JumpReLU rows are padded to the widest row's
+        count."""
+        if isinstance(self.activation, TopK):
+            return SparseCode(*kernels.topk_encode(x, self.W_enc, self.b_enc, self.activation.k))
+        z = self.encode(x)
+        # One slot at least, so that a batch on which nothing fires still has a code.
+        widest = max(1, int((z > 0).sum(-1).max())) if z.shape[0] else 1
+        values, indices = z.topk(widest, dim=-1, sorted=False)
+        return SparseCode(values, indices)
+
+    def decode(
+        self,
+        z: Float[Tensor, "batch d_sae"] | SparseCode,
+        x: Float[Tensor, "batch d_in"] | None = None,
+    ) -> Float[Tensor, "batch d_out"]:
+        """Reconstruction from latents, dense or sparse; `x` is needed where there is a skip
+        path."""
+        if isinstance(z, SparseCode):
+            x_hat = kernels.sparse_decode(z.values, z.indices, self.W_dec) + self.b_dec
+        else:
+            x_hat = z @ self.W_dec + self.b_dec
+        if self.W_skip is None:
+            return x_hat
+        if x is None:
+            raise ConfigError(
+                "this SAE has a skip path: decode needs the input x beside the latents"
+            )
+        return x_hat + x @ self.W_skip
+
+    def __call__(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
+        """The reconstruction of x (for a transcoder: the prediction of its target)."""
+        return self.decode(self.encode_sparse(x), x)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by the name it has in a file."""
+        named = {name: getattr(self, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+        if self.W_skip is not None:
+            named["W_skip"] = self.W_skip
+        if isinstance(self.activation, JumpReLU):
+            named["threshold"] = self.activation.threshold
+        return named
+
+    def to(self, *args: Any, **kwargs: Any) -> "SAE":
+        """A copy on another device or of another dtype; the arguments of `Tensor.to`."""
+        moved: dict[str, Any] = {n: t.to(*args, **kwargs) for n, t in self.tensors().items()}
+        threshold = moved.pop("threshold", None)
+        activation = self.activation if threshold is None else JumpReLU(threshold)
+        return replace(self, **moved, activation=activation)
+
+    @property
+    def device(self) -> torch.device:
+        return self.W_enc.device

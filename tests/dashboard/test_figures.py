@@ -1,0 +1,78 @@
+from typing import Any
+
+import numpy as np
+import pytest
+
+from saekit.dashboard import figures
+from saekit.dashboard.data import TokenLogit
+from saekit.results import Metric
+
+
+def traces(figure: Any) -> Any:
+    """What a figure draws; plotly ships no types."""
+    return figure.data
+
+
+def notes(figure: Any) -> list[str]:
+    return [note.text for note in figure.layout.annotations]
+
+
+def metric(value: float) -> Metric:
+    return Metric(value=value, definition="", n=1)
+
+
+def test_figures_of_nothing_say_so() -> None:
+    nothing = np.zeros(0)
+    for figure in (
+        figures.training_curves({}),
+        figures.density_histogram(nothing),
+        figures.activation_histogram(np.zeros(4, int), 0.0),
+        figures.token_bars([], []),
+        figures.ce_ladder({}),
+    ):
+        assert not traces(figure)
+        assert notes(figure) != []
+    assert "<rect" not in figures.histogram_svg(np.zeros(4, int), 0.0)
+
+
+@pytest.mark.parametrize("density", [[0.0, 0.0], [1.0], [1e-7, 0.5, 0.0]])
+def test_each_latent_is_in_one_bar_of_the_density_histogram(density: list[float]) -> None:
+    alive, dead = traces(figures.density_histogram(np.array(density)))
+    assert sum(alive.y) + sum(dead.y) == len(density)
+    assert sum(dead.y) == density.count(0.0)
+
+
+def test_the_density_of_one_latent_is_marked() -> None:
+    for mark in (0.0, 0.01):
+        figure = figures.density_histogram(np.array([0.0, 0.01]), mark=mark)
+        assert "this latent" in notes(figure)
+
+
+def test_training_curves_draw_what_was_logged() -> None:
+    curves = {"step": np.array([1.0]), "ev": np.array([-3.0]), "unknown": np.array([1.0])}
+    (trace,) = traces(figures.training_curves(curves))
+    assert list(trace.y) == [-3.0]
+    assert trace.mode == "markers", "a line through one point cannot be seen"
+
+
+def test_tokens_are_escaped_in_labels_and_tooltips() -> None:
+    figure: Any = figures.token_bars([TokenLogit("<b>x</b>", 1.0)], [])
+    assert figure.data[0].customdata[0] == "&lt;b&gt;x&lt;/b&gt;"
+    assert figure.layout.yaxis.ticktext[0] == "&lt;b&gt;x&lt;/b&gt;"
+
+
+def test_a_token_that_closes_the_script_does_not_end_the_figure() -> None:
+    html = figures.to_html(figures.token_bars([TokenLogit("</script>", 1.0)], []), "x")
+    assert html.count("</script>") == html.count("<script")
+
+
+def test_the_ladder_gives_the_distance_from_the_clean_model() -> None:
+    values = {"ce_clean": 3.0, "ce_sae": 3.25, "ce_zero": 9.0}
+    (bars,) = traces(figures.ce_ladder({name: metric(value) for name, value in values.items()}))
+    assert list(bars.y) == ["Model as it is", "With the SAE", "Zero-ablated"]
+    assert "+0.250" in bars.text[1]
+
+
+def test_shades_run_from_white_to_orange() -> None:
+    assert figures.shade(0.0, 2.0) == figures.shade(1.0, 0.0) == "rgb(255,255,255)"
+    assert figures.shade(2.0, 2.0) == figures.shade(9.0, 2.0) == "rgb(247,146,62)"

@@ -1,0 +1,72 @@
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from saekit.dashboard import serve, server
+from saekit.errors import SaekitError
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((server.HOST, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def test_a_folder_that_is_no_run_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(SaekitError, match="is no run"):
+        serve(tmp_path)
+
+
+def test_a_port_in_use_is_refused_with_another(hostile_run: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind((server.HOST, 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(SaekitError, match=rf"port {port} is in use.*--port \d+"):
+            serve(hostile_run, port=port)
+
+
+@pytest.mark.parametrize("port", [0, 70000])
+def test_a_port_that_cannot_be_is_refused(port: int, hostile_run: Path) -> None:
+    with pytest.raises(SaekitError, match=r"must lie in 1\.\.65535"):
+        serve(hostile_run, port=port)
+
+
+def test_the_command_sends_nothing_out_and_listens_here_only() -> None:
+    line = server.command(Path("a run"), port=1234, headless=True)
+    assert line[-2:] == ["--", "a run"]
+    for flag in ("--server.address=localhost", "--browser.gatherUsageStats=false"):
+        assert flag in line
+    assert "--server.headless=true" in line
+    assert "--server.port=1234" in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_the_browser_answers_and_stops_with_its_parent(stop: int, hostile_run: Path) -> None:
+    port = free_port()
+    code = (
+        "import signal, sys; from pathlib import Path; from saekit.dashboard import serve\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "serve(Path(sys.argv[1]), port=int(sys.argv[2]), headless=True)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(hostile_run), str(port)],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as parent:
+        assert parent.stdout is not None
+        while f":{port}" not in (line := parent.stdout.readline()):
+            assert line, "it ended before it listened"
+        with urllib.request.urlopen(f"http://{server.HOST}:{port}/_stcore/health") as answer:
+            assert answer.status == 200
+        parent.send_signal(stop)
+        parent.wait(timeout=30)
+    with socket.socket() as probe:
+        assert probe.connect_ex((server.HOST, port)) != 0

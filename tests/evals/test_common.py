@@ -1,0 +1,58 @@
+"""The contract of every evaluation: a new file in `evals/` is held to it by existing."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from saekit import ActivationCache, evaluate
+from saekit.evals import _kinds
+from saekit.evals._base import Eval, EvalConfig
+from saekit.results import EvalResult
+from saekit.sae import SAE
+
+HOOK = "resid_post.0"
+
+
+@pytest.fixture(params=_kinds.names())
+def any_eval(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+def run(name: str, sae: SAE, cache: ActivationCache, out: Path) -> EvalResult:
+    return evaluate(name, sae, cache, hook=HOOK, out=out)
+
+
+def test_it_is_an_eval_with_a_config_of_its_own(any_eval: str) -> None:
+    kind = _kinds.find(any_eval)
+    assert issubclass(kind, Eval)
+    assert issubclass(kind.Config, EvalConfig) and kind.Config is not EvalConfig
+    assert kind.Config.from_dict(kind.Config().to_dict()) == kind.Config()
+
+
+def test_every_metric_is_finite_counted_and_defined(
+    any_eval: str, random_sae: SAE, tiny_cache: ActivationCache, tmp_path: Path
+) -> None:
+    result = run(any_eval, random_sae, tiny_cache, tmp_path)
+    assert result.metrics
+    for metric in result.metrics.values():
+        assert math.isfinite(metric.value) and metric.n > 0 and metric.definition
+
+
+def test_a_second_run_is_identical(
+    any_eval: str, random_sae: SAE, tiny_cache: ActivationCache, tmp_path: Path
+) -> None:
+    first = run(any_eval, random_sae, tiny_cache, tmp_path / "first")
+    second = run(any_eval, random_sae, tiny_cache, tmp_path / "second")
+    assert first.metrics == second.metrics
+    for file in sorted((tmp_path / "first").iterdir()):
+        assert file.read_bytes() == (tmp_path / "second" / file.name).read_bytes()
+
+
+def test_it_leaves_the_sae_as_it_was(
+    any_eval: str, random_sae: SAE, tiny_cache: ActivationCache, tmp_path: Path
+) -> None:
+    before = {name: tensor.clone() for name, tensor in random_sae.tensors().items()}
+    run(any_eval, random_sae, tiny_cache, tmp_path)
+    assert all((before[name] == tensor).all() for name, tensor in random_sae.tensors().items())

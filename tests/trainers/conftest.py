@@ -1,0 +1,56 @@
+"""A planted dictionary: activations of which the right answer is known."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from saekit import ActivationCache
+from saekit.activations_cache import shards
+from saekit.activations_cache.manifest import Manifest
+from saekit.activations_cache.shards import ActivationBatch
+from saekit.trainers import _kinds
+
+D_IN, N_FEATURES, ACTIVE, N_ROWS = 32, 48, 3, 20_000
+
+
+@pytest.fixture(params=_kinds.names())
+def any_kind(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="session")
+def directions() -> Tensor:
+    """Unit rows: the features that the planted activations are made of."""
+    rows = torch.randn(N_FEATURES, D_IN, generator=torch.Generator().manual_seed(1))
+    return rows / rows.norm(dim=1, keepdim=True)
+
+
+@pytest.fixture(scope="session")
+def planted(tmp_path_factory: pytest.TempPathFactory, directions: Tensor) -> ActivationCache:
+    """A cache whose rows are sums of three of the directions, around a mean that is not zero."""
+    g = torch.Generator().manual_seed(2)
+    which = torch.rand(N_ROWS, N_FEATURES, generator=g).topk(ACTIVE, dim=1).indices
+    strength = 1 + torch.rand(N_ROWS, ACTIVE, generator=g)
+    x = (strength[..., None] * directions[which]).sum(1) + torch.linspace(-1, 1, D_IN)
+    folder: Path = tmp_path_factory.mktemp("planted")
+    column = torch.zeros(N_ROWS, dtype=torch.int32)
+    batch = ActivationBatch(
+        acts={"resid_post.0": x},
+        token=column,
+        document=column.clone(),
+        position=torch.arange(N_ROWS, dtype=torch.int32),
+        mask=column.to(torch.uint8),
+    )
+    shard = shards.write(folder, 0, batch, ["planted"])
+    Manifest(
+        config={"holdout": 0.0, "dtype": "float32"},
+        model="planted",
+        model_fingerprint="planted",
+        hooks={"resid_post.0": D_IN},
+        shards=(shard,),
+        complete=True,
+    ).save(folder)
+    return ActivationCache.open(folder)
