@@ -11,7 +11,7 @@ from typing import Any
 
 from saekit.demo import corpus as demo_corpus
 from saekit.documents import Document
-from saekit.errors import CorpusError
+from saekit.errors import CorpusError, first_line
 
 _TEXT_FILES = {".txt", ".md", ".rst", ".py"}
 _BUILDERS = {".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -84,13 +84,14 @@ def _rows(rows: Any, name: str, text_field: str) -> Iterator[Document]:
 
 
 def _load(builder: str, **options: Any) -> Any:
-    import datasets
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     try:
-        return datasets.load_dataset(builder, streaming=True, **options)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        return load_dataset(builder, streaming=True, **options)
+    except (OSError, ValueError, DatasetsError) as error:
         raise CorpusError(
-            f"dataset '{builder}' cannot be opened: {str(error).splitlines()[0]} "
+            f"dataset '{builder}' cannot be opened: {first_line(error)}. "
             "Give 'demo', a folder of text files, a .txt, .json, .jsonl, .parquet or .csv file, "
             "or a hub id"
         ) from error

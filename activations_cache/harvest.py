@@ -29,6 +29,8 @@ from saekit.progress import bar
 
 log = logging.getLogger(__name__)
 
+DEFAULT_CONTEXT = 256
+
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -58,8 +60,9 @@ class HarvestConfig(Config):
     n_tokens: int = 1_000_000
     """Tokens, and so rows, at most; the corpus may end before."""
 
-    context: int = 256
-    """Tokens of a window, the beginning-of-sequence token included."""
+    context: int | None = None
+    """Tokens of a window, the beginning-of-sequence token included; 256 where not given, or as many
+    as the model can look at if that is less."""
 
     batch_size: int = 32
     """Windows in a forward pass."""
@@ -83,7 +86,7 @@ class HarvestConfig(Config):
         for name in ("n_tokens", "batch_size", "shard_rows"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.context < 2:
+        if self.context is not None and self.context < 2:
             raise ConfigError(
                 f"context={self.context} must be at least 2: a special token and a word"
             )
@@ -95,10 +98,6 @@ class HarvestConfig(Config):
             raise ConfigError(
                 f"hooks={list(self.hooks)} must name at least one hook point, each once"
             )
-
-    @property
-    def batches_per_shard(self) -> int:
-        return max(1, self.shard_rows // (self.batch_size * self.context))
 
 
 def harvest(cfg: HarvestConfig, out: Path | str, *, progress: bool = False) -> ActivationCache:
@@ -114,7 +113,7 @@ def harvest(cfg: HarvestConfig, out: Path | str, *, progress: bool = False) -> A
         return ActivationCache.open(out)
     device = resolve_device(cfg.device)
     model = LanguageModel.load(cfg.model, device, DTYPES[cfg.model_dtype])
-    if cfg.context > model.context:
+    if cfg.context is not None and cfg.context > model.context:
         raise ConfigError(
             f"context={cfg.context} exceeds what '{cfg.model}' can look at ({model.context} tokens)"
         )
@@ -129,7 +128,6 @@ def harvest(cfg: HarvestConfig, out: Path | str, *, progress: bool = False) -> A
             f"{out} was begun with other weights of '{cfg.model}' (fingerprint "
             f"{current.model_fingerprint[:12]}, now {model.fingerprint[:12]}): give another --out"
         )
-    current.save(out)
     _harvest_shards(cfg, out, model, current, progress)
     return ActivationCache.open(out)
 
@@ -178,12 +176,14 @@ def _harvest_shards(
     texts = corpus.documents(
         cfg.dataset, config=cfg.dataset_config, split=cfg.dataset_split, text_field=cfg.text_field
     )
-    stream = _batched(windows(texts, model, cfg.context, cfg.n_tokens), cfg.batch_size)
+    context = cfg.context or min(DEFAULT_CONTEXT, model.context)
+    stream = _batched(windows(texts, model, context, cfg.n_tokens), cfg.batch_size)
+    batches_per_shard = max(1, cfg.shard_rows // (cfg.batch_size * context))
     names = _DocumentNumbers()
-    for batch in islice(stream, len(current.shards) * cfg.batches_per_shard):
+    for batch in islice(stream, len(current.shards) * batches_per_shard):
         names.number(batch)
     with bar("harvest", cfg.n_tokens, done=current.n_rows, shown=progress) as shown:
-        while some := list(islice(stream, cfg.batches_per_shard)):
+        while some := list(islice(stream, batches_per_shard)):
             first_new = len(names)
             parts = []
             for batch in some:

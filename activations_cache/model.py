@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from saekit.activations_cache import hooks
 from saekit.demo import MODEL_DIR
-from saekit.errors import ConfigError, ModelError
+from saekit.errors import ConfigError, ModelError, first_line
 from saekit.files import file_sha256
 
 
@@ -57,7 +57,7 @@ class LanguageModel:
             tokenizer = AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError) as error:
             raise ModelError(
-                f"model '{name}' cannot be loaded: {str(error).splitlines()[0]} "
+                f"model '{name}' cannot be loaded: {first_line(error)}. "
                 "Give 'demo', a folder with config.json, model.safetensors and tokenizer.json, or "
                 "a hub id"
             ) from error

@@ -9,9 +9,9 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import tyro
 
@@ -20,12 +20,23 @@ from saekit.errors import ConfigError, SaekitError, nearest
 
 if TYPE_CHECKING:
     from saekit.activations_cache.store import ActivationCache
+    from saekit.config import Config
     from saekit.results import EvalResult
 
-T = TypeVar("T")
 
-# The fields of a config stand among a command's own flags, without a prefix.
-_Flat = tyro.conf.arg(name="")
+@dataclass(frozen=True, kw_only=True)
+class _Args:
+    """What a command takes. The docstring is its help, that under a field the flag's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ConfigArgs(_Args):
+    """What a command takes that holds a config, whose fields stand among its own flags."""
+
+    config: Any = None
+
+
+_T = TypeVar("_T", bound=_Args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,8 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands.add_parser(name, help=command.__doc__, add_help=False)
     args, rest = parser.parse_known_args(argv)
     debug = args.debug or "--debug" in rest
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("saekit").setLevel(logging.INFO)
+    ours = logging.getLogger("saekit")
+    ours.addHandler(logging.StreamHandler())
+    ours.setLevel(logging.INFO)
     try:
         _COMMANDS[args.command]([arg for arg in rest if arg != "--debug"])
         return 0
@@ -71,7 +83,7 @@ def _complain(message: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoArgs:
+class DemoArgs(_Args):
     """Harvest, train, evaluate and report on the embedded model: the whole path, offline."""
 
     out: Path = Path("demo_run")
@@ -110,10 +122,9 @@ def _demo(argv: list[str]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HarvestArgs(Generic[T]):
+class HarvestArgs(_ConfigArgs):
     """Run a language model over text and keep its activations on disk."""
 
-    config: Annotated[T, _Flat]
     out: Path
     """Folder of the cache. A harvest that was stopped goes on with the same command."""
 
@@ -123,7 +134,7 @@ def _harvest(argv: list[str]) -> None:
     from saekit.activations_cache.harvest import HarvestConfig, harvest
 
     argv, given = _toml(argv)
-    args = _parse(HarvestArgs[HarvestConfig], argv, "harvest", given)
+    args = _parse(HarvestArgs, argv, "harvest", HarvestConfig, given)
     cache = harvest(args.config, args.out, progress=True)
     widths = ", ".join(f"{hook} ({width})" for hook, width in cache.hooks.items())
     print(f"{args.out}: {cache.n_rows:,} rows at {widths}")
@@ -132,10 +143,9 @@ def _harvest(argv: list[str]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainArgs(Generic[T]):
+class TrainArgs(_ConfigArgs):
     """Fit a sparse autoencoder to cached activations."""
 
-    config: Annotated[T, _Flat]
     out: Path
     """Folder of the run. A run that was stopped goes on with the same command."""
     cache: Path | None = None
@@ -165,8 +175,8 @@ def _train(argv: list[str]) -> None:
     if given.pop("kind", name) != name:
         raise ConfigError(f"the TOML file is of another kind of SAE than '{name}'")
     given.pop("cache_fingerprint", None)
-    config: Any = _kinds.kind(name).Config
-    args = _parse(TrainArgs[config], argv, f"train {name}", given)
+    config = _kinds.kind(name).Config
+    args = _parse(TrainArgs, argv, f"train {name}", config, given)
     if args.cache is not None:
         cache = ActivationCache.open(args.cache)
     elif args.hook is None:
@@ -191,10 +201,9 @@ def _train(argv: list[str]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalArgs(Generic[T]):
+class EvalArgs(_ConfigArgs):
     """Evaluate a sparse autoencoder on a cache, by default on documents that training never saw."""
 
-    config: Annotated[T, _Flat]
     sae: Path
     """Folder of the SAE: a run."""
     cache: Path | None = None
@@ -214,8 +223,8 @@ def _eval(argv: list[str]) -> None:
 
     name, argv = _choice(argv, "eval", "NAME", _kinds.names())
     argv, given = _toml(argv)
-    config: Any = _kinds.find(name).Config
-    args = _parse(EvalArgs[config], argv, f"eval {name}", given)
+    config = _kinds.find(name).Config
+    args = _parse(EvalArgs, argv, f"eval {name}", config, given)
     sae = load(args.sae)
     cache = _cache_of(args.sae, args.cache)
     out = args.out or args.sae / RESULTS
@@ -225,7 +234,7 @@ def _eval(argv: list[str]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportArgs:
+class ReportArgs(_Args):
     """Write a run's report: one HTML file that needs no network, and the same in Markdown beside
     it."""
 
@@ -244,7 +253,7 @@ def _report(argv: list[str]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DashboardArgs:
+class DashboardArgs(_Args):
     """Open the feature browser on a run, in the web browser."""
 
     run: tyro.conf.Positional[Path]
@@ -264,7 +273,7 @@ def _dashboard(argv: list[str]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyArgs:
+class VerifyArgs(_Args):
     """Read a cache again and compare every shard with its checksum."""
 
     cache: tyro.conf.Positional[Path]
@@ -282,7 +291,7 @@ def _verify(argv: list[str]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectArgs:
+class InspectArgs(_Args):
     """Say what something is: a model's hook points, what a cache holds, what an SAE was made
     from."""
 
@@ -324,24 +333,30 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
 }
 
 
-def _parse(kind: Any, argv: list[str], command: str, given: dict[str, Any] | None = None) -> Any:
-    """Flags to arguments. `given` are values from a TOML file, which flags override."""
-    prog = f"saekit {command}"
-    if not given:
-        return tyro.cli(kind, args=argv, prog=prog)
-    own = [field.name for field in fields(get_origin(kind) or kind) if field.name != "config"]
-    (config,) = get_args(kind)
-    _refuse_unknown(given, [*own, *(field.name for field in fields(config))])
-    default = kind(
-        config=config.from_dict({key: given[key] for key in given if key not in own}),
-        **{f.name: tyro.MISSING for f in fields(get_origin(kind) or kind) if _required(f)},
-    )
+def _parse(
+    args: type[_T],
+    argv: list[str],
+    command: str,
+    config: "type[Config] | None" = None,
+    given: dict[str, Any] | None = None,
+) -> _T:
+    """Flags to arguments, the fields of `config` among them.
+
+    `given` are values from a TOML file, for the arguments' own fields or the config's; flags
+    override them.
+    """
+    given = given or {}
+    own = [f.name for f in fields(args) if f.name != "config"]
     flags = [part for key in own if key in given for part in (f"--{key}", str(given[key]))]
-    return tyro.cli(kind, args=[*flags, *argv], prog=prog, default=default)
-
-
-def _required(field: Any) -> bool:
-    return field.default is MISSING and field.name != "config"
+    if config is not None:
+        _refuse_unknown(given, [*own, *(f.name for f in fields(config))])
+        default = config.from_dict({key: given[key] for key in given if key not in own})
+        held = ("config", Annotated[config, tyro.conf.arg(name="")], field(default=default))
+        documented = {"__doc__": args.__doc__}
+        args = make_dataclass(
+            args.__name__, [held], bases=(args,), namespace=documented, frozen=True, kw_only=True
+        )
+    return tyro.cli(args, args=[*flags, *argv], prog=f"saekit {command}")
 
 
 def _refuse_unknown(given: dict[str, Any], known: list[str]) -> None:

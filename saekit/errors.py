@@ -41,3 +41,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     names = list(known)
     near = get_close_matches(name, names, n=1)
     return f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(names)}"
+
+
+def first_line(error: Exception) -> str:
+    """What another library says went wrong, without its essay, to go before a full stop."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(" .")

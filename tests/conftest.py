@@ -12,6 +12,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from saekit import ActivationCache, HarvestConfig, evaluate, harvest, train
 from saekit.trainers.topk import TopKConfig
 
+# Tensors here are so small that a second thread costs more than it brings.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def seed() -> None:

@@ -6,6 +6,7 @@ source is what this machine has: its standard library, and the packages that are
 
 import json
 import lzma
+import random
 import re
 import sysconfig
 from collections import Counter
@@ -16,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 
 from saekit.demo import corpus
-from saekit.demo.tasks import ARGUMENTS, TASKS, Task, recall_sentences, stream
+from saekit.demo.tasks import ARGUMENTS, TASKS, Task, TaskSentence, recall_sentences, stream
 from saekit.documents import Document, held_out
 
 _LONGEST_PACKAGE_FILE = 300_000  # characters; beyond it stand tables and generated code
@@ -71,36 +72,61 @@ def distributions(documents: Iterable[Document]) -> dict[str, str]:
     return {name: version(name) for name in sorted(names)}
 
 
-def training_sentences(n: int, source: list[Document]) -> list[str]:
+def training_sentences(n: int, prose: list[Document], source: list[Document]) -> list[str]:
     """About `n` task sentences, all of the train split, mixed by a hash of their text.
 
     Fifty arguments can be learned by heart, and then the task is not; so the arguments are all
-    common words of the source, without the test words. (For names see `Windows.batch`.)
+    common words of the source, without the test words. (For names see `Windows.batch`.) Templates
+    can be, too: a model that saw them as they are preferred the indirect object in 99 % of train
+    sentences, in 68 % with test templates. So every second ioi sentence is disturbed.
     """
     words: dict[Task, list[str]] = {"docstring": _arguments(source)}
-    texts = [
-        sentence.text
-        for task in TASKS
-        for sentence in islice(
-            stream(task, _TRAINING_SEED, "train", words.get(task, ())), int(n * _TASK_SHARES[task])
-        )
-    ]
+    rng = random.Random(_TRAINING_SEED)
+    fillers = _common_words(prose, r"\b[a-z]{2,}\b", ())
+    texts = []
+    for task in TASKS:
+        made = stream(task, _TRAINING_SEED, "train", words.get(task, ()))
+        for number, sentence in enumerate(islice(made, int(n * _TASK_SHARES[task]))):
+            disturb = task == "ioi" and number % 2
+            texts.append(disturbed(sentence, rng, fillers) if disturb else sentence.text)
     return sorted(texts, key=_hash)
 
 
+def disturbed(sentence: TaskSentence, rng: random.Random, fillers: list[str]) -> str:
+    """An ioi sentence in which up to 3 fillers stand for some of its words.
+
+    Its names stay, and so do its first word and all from the last word of the prompt on.
+    """
+    names = (sentence.labels["io"], sentence.labels["subject"])
+    first, *words, last = sentence.prompt.split()
+    rate = rng.uniform(0.1, 0.5)
+    for i, word in enumerate(words):
+        if word not in names and rng.random() < rate:
+            words[i] = " ".join(rng.choices(fillers, k=rng.randrange(4)))
+    prompt = " ".join([first, *filter(None, words), last])
+    return prompt + sentence.text.removeprefix(sentence.prompt)
+
+
 def name_recall(n: int) -> list[str]:
-    """`n` sentences that repeat names of both splits."""
+    """`n` sentences that repeat train names."""
     return recall_sentences(n, _TRAINING_SEED)
 
 
 def _arguments(source: list[Document]) -> list[str]:
     """The train arguments and the most frequent words of the source, without the test arguments."""
+    own = ARGUMENTS["train"] + ARGUMENTS["test"]
+    return [*ARGUMENTS["train"], *_common_words(source, r"\b[a-z]{3,12}\b", own)]
+
+
+def _common_words(
+    documents: Iterable[Document], pattern: str, left_out: tuple[str, ...]
+) -> list[str]:
     counts: Counter[str] = Counter()
-    for document in source:
-        counts.update(re.findall(r"\b[a-z]{3,12}\b", document.text))
-    for word in (*ARGUMENTS["train"], *ARGUMENTS["test"]):
+    for document in documents:
+        counts.update(re.findall(pattern, document.text))
+    for word in left_out:
         del counts[word]
-    return [*ARGUMENTS["train"], *(word for word, _ in counts.most_common(_N_COMMON_WORDS))]
+    return [word for word, _ in counts.most_common(_N_COMMON_WORDS)]
 
 
 class CopyCheck:

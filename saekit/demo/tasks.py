@@ -272,16 +272,15 @@ RECALL_TEMPLATES: tuple[str, ...] = (
 
 
 def recall_sentences(n: int, seed: int) -> list[str]:
-    """Sentences that name somebody again, with names of both splits.
+    """Sentences that name somebody again, with train names.
 
     They teach a model to copy a name that it has just read, which no name is born with, and are not
     of the task: who is named again follows from a thing or a place, never from who was named twice.
     """
     rng = random.Random(f"recall {seed}")
-    names = [*NAMES["train"], *NAMES["test"]]
     texts = []
     for _ in range(n):
-        a, b, c = rng.sample(names, 3)
+        a, b, c = rng.sample(NAMES["train"], 3)
         x, y = rng.sample(OBJECTS, 2)
         template = rng.choice(RECALL_TEMPLATES)
         texts.append(template.format(a=a, b=b, c=c, x=x, y=y, place=rng.choice(PLACES)))

@@ -116,10 +116,8 @@ class Windows:
             n_capitalised=len(capitalised),
         )
 
-    def batch(
-        self, n_text: int, n_tasks: int
-    ) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
-        """Inputs that begin with `<bos>`, and the next token at every position."""
+    def batch(self, n_text: int, n_tasks: int) -> Int[Tensor, "batch pos_plus_1"]:
+        """Rows that begin with `<bos>`: `n_text` of text, then `n_tasks` of task sentences."""
         device = self.ids.device
         text = torch.randint(self.n_text - CONTEXT, (n_text,), device=device)
         tasks = self.starts[torch.randint(len(self.starts), (n_tasks,), device=device)]
@@ -127,7 +125,7 @@ class Windows:
         window = self.ids[rows].long()
         window[:, 0] = BOS_ID
         window[n_text:] = self._exchanged(window[n_text:])
-        return window[:, :-1], window[:, 1:]
+        return window
 
     def _exchanged(self, window: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
         """Each row with other words for its names, and no word for two names."""
@@ -148,7 +146,7 @@ def main(recipe: Recipe) -> None:
     books = list(_text.first_chars((b for own in by_author.values() for b in own), max_chars))
     source = _text.python_source(max_chars)
     recall = _text.name_recall(recipe.n_sentences // 4)
-    sentences = _text.training_sentences(recipe.n_sentences, source) + recall
+    sentences = _text.training_sentences(recipe.n_sentences, books, source) + recall
     random.Random(recipe.seed).shuffle(sentences)
     log.info("%.0f s: %d books, %d files", time.monotonic() - started, len(books), len(source))
 
@@ -197,11 +195,15 @@ def main(recipe: Recipe) -> None:
     log.info("%.0f s: the model is in %s", time.monotonic() - started, recipe.out)
 
 
-def train(model: nn.Module, windows: Windows, recipe: Recipe) -> dict[str, Any]:
-    """Steps until the time is over. Returns how many, and the last loss."""
+def train(model: GPT2LMHeadModel, windows: Windows, recipe: Recipe) -> dict[str, Any]:
+    """Steps until the time is over. Returns how many, and the last loss.
+
+    The token embedding learns from text alone. Otherwise words that stand in task sentences get
+    features that the rules lean on and that no test name has.
+    """
     device = windows.ids.device
     model.to(device)
-    forward = torch.compile(_loss) if device.type == "cuda" else _loss
+    forward = torch.compile(_loss, dynamic=False) if device.type == "cuda" else _loss
     matrices = [p for p in model.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim != 2]
     groups = [
@@ -210,16 +212,22 @@ def train(model: nn.Module, windows: Windows, recipe: Recipe) -> dict[str, Any]:
     ]
     optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), fused=True)
     n_tasks = round(recipe.task_share * recipe.batch_size)
+    n_text = recipe.batch_size - n_tasks
     model.train()
     loss = torch.zeros(())
     for step, done in enumerate(_clock(60 * recipe.minutes)):
         warm = min(1.0, (step + 1) / recipe.warmup)
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr * warm * 0.5 * (1 + math.cos(math.pi * done))
-        inputs, targets = windows.batch(recipe.batch_size - n_tasks, n_tasks)
+        rows = windows.batch(n_text, n_tasks)
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            loss = forward(model, inputs, targets)
-        loss.backward()
+            task_loss = forward(model, rows[n_text:]) * n_tasks / recipe.batch_size
+        task_loss.backward()
+        model.transformer.wte.weight.grad = None
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            text_loss = forward(model, rows[:n_text]) * n_text / recipe.batch_size
+        text_loss.backward()
+        loss = task_loss.detach() + text_loss.detach()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -251,11 +259,9 @@ def save_model(model: GPT2LMHeadModel, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _loss(
-    model: nn.Module, inputs: Int[Tensor, "batch pos"], targets: Int[Tensor, "batch pos"]
-) -> Float[Tensor, ""]:
-    logits = model(inputs, use_cache=False).logits
-    return nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+def _loss(model: nn.Module, rows: Int[Tensor, "batch pos_plus_1"]) -> Float[Tensor, ""]:
+    logits = model(rows[:, :-1], use_cache=False).logits
+    return nn.functional.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
 
 
 def _clock(seconds: float) -> Iterator[float]:

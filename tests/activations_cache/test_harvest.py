@@ -69,6 +69,7 @@ def test_a_harvest_killed_anywhere_ends_in_the_same_files(
 
     def dying_write(folder: Path, *args: object) -> Shard:
         if next(calls) == die_at:
+            folder.mkdir(exist_ok=True)
             # What a kill leaves behind: part of a file, under the name of one that is not whole.
             (folder / ".shard.safetensors.xyz.partial").write_bytes(b"half")
             raise KeyboardInterrupt
@@ -77,7 +78,7 @@ def test_a_harvest_killed_anywhere_ends_in_the_same_files(
     monkeypatch.setattr(shards, "write", dying_write)
     with pytest.raises(KeyboardInterrupt):
         harvest(tiny_config, tmp_path / "c")
-    with pytest.raises(CacheError, match="not complete"):
+    with pytest.raises(CacheError, match="not complete" if die_at else "is no activation cache"):
         ActivationCache.open(tmp_path / "c")
     resumed = harvest(tiny_config, tmp_path / "c")
     assert resumed.fingerprint == tiny_cache.fingerprint
@@ -144,8 +145,7 @@ def test_an_empty_corpus_is_refused(tmp_path: Path, tiny_config: HarvestConfig) 
     (tmp_path / "empty.jsonl").write_text('{"text": ""}\n{"text": ""}\n')
     with pytest.raises(CorpusError, match="gave no token"):
         harvest(replace(tiny_config, dataset=str(tmp_path / "empty.jsonl")), tmp_path / "c")
-    with pytest.raises(CacheError, match="not complete"):
-        ActivationCache.open(tmp_path / "c")
+    assert not (tmp_path / "c").exists()
 
 
 def test_activations_that_are_not_finite_are_refused_by_hook(

@@ -81,6 +81,11 @@ def test_sentences_of_the_splits_share_no_label(task: Task, label: str) -> None:
     assert not labelled(task, label, "train") & labelled(task, label, "test")
 
 
+def test_no_sentence_opens_with_a_name(any_split: Split) -> None:
+    for s in sentences("ioi", 400, 0, any_split):
+        assert s.prompt.split()[0] not in {s.labels["io"], s.labels["subject"]}
+
+
 def test_the_indirect_object_is_named_once_and_the_subject_twice(any_split: Split) -> None:
     for s in sentences("ioi", 300, 0, any_split):
         words = s.prompt.replace(",", " ").replace(".", " ").replace(";", " ").split()

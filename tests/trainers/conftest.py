@@ -25,7 +25,7 @@ def any_kind(request: pytest.FixtureRequest) -> str:
 def directions() -> Tensor:
     """Unit rows: the features that the planted activations are made of."""
     rows = torch.randn(N_FEATURES, D_IN, generator=torch.Generator().manual_seed(1))
-    return rows / rows.norm(dim=1, keepdim=True)
+    return torch.nn.functional.normalize(rows)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,71 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from saekit import SAE, JumpReLU, ReLU, TopK, load, save
+from saekit.errors import CheckpointError
+from saekit.sae import Activation
+
+
+def random_sae(activation: Activation, skip: bool = False) -> SAE:
+    return SAE(
+        W_enc=torch.randn(7, 5).T,  # not contiguous, as trainers keep it
+        b_enc=torch.randn(7),
+        W_dec=torch.randn(7, 5),
+        b_dec=torch.randn(5),
+        activation=activation,
+        W_skip=torch.randn(5, 5) if skip else None,
+    )
+
+
+@pytest.mark.parametrize(
+    "activation", [ReLU(), TopK(2), JumpReLU(torch.rand(7))], ids=lambda a: type(a).__name__
+)
+@pytest.mark.parametrize("skip", [False, True])
+def test_every_tensor_and_the_activation_come_back(
+    activation: Activation, skip: bool, tmp_path: Path
+) -> None:
+    sae = random_sae(activation, skip)
+    save(sae, tmp_path)
+    read = load(tmp_path)
+    assert type(read.activation) is type(activation)
+    assert set(read.tensors()) == set(sae.tensors())
+    for name, tensor in sae.tensors().items():
+        assert read.tensors()[name].equal(tensor), name
+    x = torch.randn(9, 5)
+    torch.testing.assert_close(read(x), sae(x))
+
+
+def test_altered_weights_are_refused(tmp_path: Path) -> None:
+    save(random_sae(ReLU()), tmp_path)
+    file = tmp_path / "sae.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="was altered or only partly written"):
+        load(tmp_path)
+
+
+def test_weights_that_are_missing_are_refused(tmp_path: Path) -> None:
+    save(random_sae(ReLU()), tmp_path)
+    (tmp_path / "sae.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load(tmp_path)
+
+
+def test_a_folder_that_holds_no_sae_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no finished SAE"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(CheckpointError, match="is not a saekit SAE"):
+        load(tmp_path)
+
+
+def test_a_file_of_a_newer_version_is_refused(tmp_path: Path) -> None:
+    save(random_sae(ReLU()), tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "version": 99}))
+    with pytest.raises(CheckpointError, match="format version 99, this saekit reads up to 1"):
+        load(tmp_path)
