@@ -98,8 +98,10 @@ class LanguageModel:
         return [*texts, *[""] * (int(self.config.vocab_size) - known)]
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without any token that the text does not contain."""
-        encoded = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)
+        """Token ids of each text, and nothing else: "<bos>" in a text is five characters."""
+        encoded = self.tokenizer(
+            list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False
+        )
         ids: list[list[int]] = encoded["input_ids"]
         return ids
 

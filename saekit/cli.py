@@ -6,6 +6,7 @@ codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 """
 
 import argparse
+import errno
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -53,9 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands.add_parser(name, help=command.__doc__, add_help=False)
     args, rest = parser.parse_known_args(argv)
     debug = args.debug or "--debug" in rest
-    ours = logging.getLogger("saekit")
-    ours.addHandler(logging.StreamHandler())
-    ours.setLevel(logging.INFO)
+    _show_log()
     try:
         _COMMANDS[args.command]([arg for arg in rest if arg != "--debug"])
         return 0
@@ -70,12 +69,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        _complain(
-            f"an error that saekit did not foresee: {type(error).__name__}: {error}. The same "
-            "command "
-            "with --debug shows where; please report it"
-        )
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _complain("no space left on the disk: make room, then give the same command again")
+        else:
+            _complain(
+                f"an error that saekit did not foresee: {type(error).__name__}: {error}. The same "
+                "command with --debug shows where; please report it"
+            )
         return 1
+
+
+def _show_log() -> None:
+    """What saekit logs, on standard error; other libraries keep their own ways."""
+    ours = logging.getLogger("saekit")
+    ours.setLevel(logging.INFO)
+    if not ours.handlers:
+        ours.addHandler(logging.StreamHandler())
 
 
 def _complain(message: str) -> None:
@@ -93,30 +102,35 @@ class DemoArgs(_Args):
     """Tokens of the standard library to harvest."""
 
     train_tokens: int = 4_000_000
-    """Activations to train on."""
+    """Activations to train on; they are read more than once."""
 
 
 def _demo(argv: list[str]) -> None:
     """run the whole path on the embedded model: activations, SAE, metrics, report"""
     args = _parse(DemoArgs, argv, "demo")
     from saekit.activations_cache.harvest import HarvestConfig, harvest
+    from saekit.checkpoint import fingerprint
     from saekit.dashboard.report import write_report
     from saekit.evals._base import evaluate
+    from saekit.results import RESULTS, EvalResult
     from saekit.trainers._loop import train
     from saekit.trainers.topk import TopKConfig
 
     run = args.out / "run"
+    what = HarvestConfig(hooks=("resid_post.1",), n_tokens=args.harvest_tokens)
+    how = TopKConfig(d_sae=4096, k=32, n_tokens=args.train_tokens, lr=2e-3, dead_after=200_000)
     print("1/4  harvest: the embedded language model reads this Python's standard library")
-    cfg = HarvestConfig(hooks=("resid_post.1",), n_tokens=args.harvest_tokens)
-    cache = harvest(cfg, args.out / "cache", progress=True)
+    cache = harvest(what, args.out / "cache", progress=True)
     print(f"     {cache.n_rows:,} activations of {len(cache.documents):,} documents")
-    print("2/4  train: a TopK SAE, 4,096 latents, 32 active a token")
-    sae = train(
-        TopKConfig(n_tokens=args.train_tokens, dead_after=200_000), cache, out=run, progress=True
-    )
+    print(f"2/4  train: a TopK SAE of {how.d_sae:,} latents, {how.k} of them active a token")
+    sae = train(how, cache, out=run, progress=True)
     print("3/4  evaluate: on documents that training never saw")
-    _print_metrics(evaluate("core", sae, cache, out=run / "results", progress=True))
-    evaluate("examples", sae, cache, out=run / "results", progress=True)
+    for name in ("core", "examples"):
+        if not (run / RESULTS / f"{name}.json").exists() or (
+            EvalResult.load(run / RESULTS, name).sae_fingerprint != fingerprint(sae)
+        ):
+            evaluate(name, sae, cache, out=run / RESULTS, progress=True)
+    _print_metrics(EvalResult.load(run / RESULTS, "core"))
     print("4/4  report")
     print(f"     {write_report(run)}\n\nBrowse the features: saekit dashboard {run}")
 
@@ -269,7 +283,8 @@ def _dashboard(argv: list[str]) -> None:
     args = _parse(DashboardArgs, argv, "dashboard")
     from saekit.dashboard.server import serve
 
-    serve(args.run, port=args.port, headless=args.headless)
+    if code := serve(args.run, port=args.port, headless=args.headless):
+        raise SaekitError(f"the feature browser's server ended with exit code {code}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,39 +1,64 @@
 #!/usr/bin/env bash
-# Each command of the `saekit` on PATH, at tiny sizes, in a folder of its own that is removed at the end.
+# The README's own commands and Python, with the `saekit` on PATH, in a folder of their own that is removed at the end.
 # .ci/run calls it with the wheel's environment in front; by hand: PATH=$PWD/.venv/bin:$PATH bash tests/wheel_smoke.sh
 set -euo pipefail
+readme=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/README.md
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 cd "$scratch"
 
 run() {
-  echo "\$ saekit $*"
-  saekit "$@" >log 2>&1 </dev/null || {
+  echo "\$ $*"
+  "$@" >log 2>&1 </dev/null || {
     code=$?
     cat log
-    echo "wheel smoke: 'saekit $*' ended with exit code $code" >&2
+    echo "smoke: '$*' ended with exit code $code" >&2
     exit 1
   }
 }
 
 must_exist() {
   [[ -s $1 ]] || {
-    echo "wheel smoke: no $1 was written" >&2
+    echo "smoke: no $1 was written" >&2
     exit 1
   }
 }
 
-run --help
-run inspect demo
-run harvest --model demo --dataset demo --hooks resid_post.1 --n-tokens 20000 --out c
-must_exist c/manifest.json
-run verify c
-run train topk --cache c --hook resid_post.1 --d-sae 256 --k 8 --n-tokens 40000 --out r
-must_exist r/sae.safetensors
-must_exist r/config.json
-run eval core --sae r
-run eval examples --sae r
-run report r
-must_exist r/report.html
+run saekit --help
+run saekit inspect demo
 
-echo "wheel smoke: every command passed"
+# The shell block under "By command", but for the installation and the browser, which would not end.
+commands=$(sed -n '/^## By command/,/^## In Python/p' "$readme" | sed -n 's/^saekit/saekit/p' | grep -v dashboard)
+[[ $(wc -l <<<"$commands") -ge 5 ]] || { echo "smoke: the README's commands were not found" >&2; exit 1; }
+while read -r line; do
+  # shellcheck disable=SC2086  # the README's commands are plain words
+  run $line
+done <<<"$commands"
+run saekit verify cache
+for product in cache/manifest.json run/sae.safetensors run/config.json run/results/core.json run/report.html run/report.md; do
+  must_exist "$product"
+done
+
+sed -n '/^## In Python/,/^## What there is/p' "$readme" | sed -n '/^```python/,/^```/p' | grep -v '^```' >readme.py
+run python readme.py
+must_exist py-run/sae.safetensors
+
+# The demo at a hundredth of its size, and a second call, which finds everything done.
+run saekit demo --out demo_run --harvest-tokens 60_000 --train-tokens 50_000
+must_exist demo_run/run/report.html
+run saekit demo --out demo_run --harvest-tokens 60_000 --train-tokens 50_000
+
+echo '$ saekit dashboard run --headless'
+saekit dashboard run --headless --port 8599 >log 2>&1 &
+server=$!
+for _ in $(seq 60); do
+  if python -c 'import urllib.request as u; u.urlopen("http://localhost:8599/_stcore/health", timeout=1)' 2>/dev/null; then
+    answered=yes
+    break
+  fi
+  sleep 1
+done
+kill "$server"
+[[ ${answered:-} == yes ]] || { cat log; echo "smoke: the dashboard did not answer" >&2; exit 1; }
+
+echo "smoke: every command passed"

@@ -33,14 +33,18 @@ Windows of `<bos>` and up to {rest} tokens of one document, without overlap; eve
 {task_rows}
 
 Sentences of the test split of `saekit.demo.tasks`: names, templates, nouns, start years and
-arguments that no training sentence of the task has. Its names do stand in books and in
-{n_recall_sentences:,} sentences of another kind that only repeat a name.
+arguments that no training sentence of the task has. Its names do stand in books, and in the first
+stage's {first_n_recall_sentences:,} sentences of another kind that only repeat a name.
 
 ## Training
 
-| stage | minutes | steps | tokens seen | peak rate | names in task sentences |
+| stage | minutes | steps | tokens seen | peak rate | words that stand for names |
 |---|---|---|---|---|---|
 {stage_rows}
+
+Train names are exchanged for words drawn anew in each window. The second stage is the recipe as it
+is now; the first had task sentences as they are (now every second ioi sentence is disturbed), test
+names among those that are repeated, and an embedding that learned from task sentences too.
 
 On one {device}: AdamW, {batch_size} windows a step, warm-up and cosine, bfloat16 autocast, seed
 {seed}. The schedule follows the clock, so another run gives a model as good, not the same weights.
@@ -86,6 +90,7 @@ def render(metrics: dict[str, Any]) -> str:
     ]
     return _CARD.format(
         **last,
+        first_n_recall_sentences=stages[0]["n_recall_sentences"],
         rest=last["context"] - 1,
         millions=last["n_parameters"] / 1e6,
         n_packages=len(last["packages"]),

@@ -6,7 +6,7 @@
 
 Each list of names, nouns, arguments and templates is in two parts, train and test. A test sentence
 of a task holds only such of the test part, which the embedded model never met in a training
-sentence of that task. (A name may stand in a book, and in a sentence of `recall_sentences`.)
+sentence of that task. (A name may stand in a book.)
 """
 
 import random

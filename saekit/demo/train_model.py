@@ -44,6 +44,8 @@ MODEL = GPT2Config(
     n_embd=256,
     n_layer=4,
     n_head=8,
+    # The same function as the default "gelu_new", in one operator: half as long a pass on a CPU.
+    activation_function="gelu_pytorch_tanh",
     resid_pdrop=0.0,
     embd_pdrop=0.0,
     attn_pdrop=0.0,
@@ -195,7 +197,7 @@ def main(recipe: Recipe) -> None:
     log.info("%.0f s: the model is in %s", time.monotonic() - started, recipe.out)
 
 
-def train(model: GPT2LMHeadModel, windows: Windows, recipe: Recipe) -> dict[str, Any]:
+def train(model: nn.Module, windows: Windows, recipe: Recipe) -> dict[str, Any]:
     """Steps until the time is over. Returns how many, and the last loss.
 
     The token embedding learns from text alone. Otherwise words that stand in task sentences get
@@ -213,6 +215,7 @@ def train(model: GPT2LMHeadModel, windows: Windows, recipe: Recipe) -> dict[str,
     optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), fused=True)
     n_tasks = round(recipe.task_share * recipe.batch_size)
     n_text = recipe.batch_size - n_tasks
+    embedding = model.get_parameter("transformer.wte.weight")
     model.train()
     loss = torch.zeros(())
     for step, done in enumerate(_clock(60 * recipe.minutes)):
@@ -223,7 +226,7 @@ def train(model: GPT2LMHeadModel, windows: Windows, recipe: Recipe) -> dict[str,
         with torch.autocast(device.type, dtype=torch.bfloat16):
             task_loss = forward(model, rows[n_text:]) * n_tasks / recipe.batch_size
         task_loss.backward()
-        model.transformer.wte.weight.grad = None
+        embedding.grad = None
         with torch.autocast(device.type, dtype=torch.bfloat16):
             text_loss = forward(model, rows[:n_text]) * n_text / recipe.batch_size
         text_loss.backward()
