@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # -qq: errors only. To watch pip work: make test PIP_FLAGS=
 PIP_FLAGS ?= -qq
 PIP_INSTALL = $(BIN)/python -m pip install $(PIP_FLAGS)
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -16,7 +16,7 @@ PYTEST_ARGS ?=
 demo: $(VENV)/.runtime  ## Run the whole path, text to feature browser, on the embedded model (into demo_run/)
 	$(BIN)/saekit demo --out demo_run
 
-test: $(VENV)/.dev  ## Run the tests (more options: make test PYTEST_ARGS="-n 2 -k topk")
+test: $(VENV)/.dev  ## Run the tests (some only: make test PYTEST_ARGS="-k topk")
 	$(BIN)/pytest $(PYTEST_ARGS)
 
 check: $(VENV)/.dev  ## Formatting, lint, and both type checkers

@@ -47,6 +47,7 @@ def test_every_data_file_of_a_package_is_in_the_wheel() -> None:
         for package, patterns in SETUPTOOLS["package-data"].items()
         for pattern in patterns
         for path in folder_of(package).glob(pattern)
+        if path.suffix != ".md"
     }
     on_disk = {
         path
