@@ -91,7 +91,6 @@ def _load(builder: str, **options: Any) -> Any:
         return load_dataset(builder, streaming=True, **options)
     except (OSError, ValueError, DatasetsError) as error:
         raise CorpusError(
-            f"dataset '{builder}' cannot be opened: {first_line(error)}. "
-            "Give 'demo', a folder of text files, a .txt, .json, .jsonl, .parquet or .csv file, "
-            "or a hub id"
+            f"dataset '{builder}' cannot be opened: {first_line(error)}. Give 'demo', a folder of "
+            "text files, a .txt, .json, .jsonl, .parquet or .csv file, or a hub id"
         ) from error

@@ -152,8 +152,7 @@ def _begun(cfg: HarvestConfig, out: Path) -> Manifest | None:
     if begun.config != cfg.to_dict():
         raise ConfigError(
             f"{out} holds a cache of another config ({differences(cfg.to_dict(), begun.config)}): "
-            "give "
-            "another --out, or the config that it was begun with"
+            "give another --out, or the config that it was begun with"
         )
     remove_partial(out)
     whole = 0
@@ -212,9 +211,8 @@ def _activations(
         if not rows.isfinite().all():
             raise CacheError(
                 f"activations at '{name}' are not finite in documents {batch[0].document} to "
-                f"{batch[-1].document}, stored as {cfg.dtype}: use --dtype bfloat16 or float32, "
-                "or leave "
-                "those documents out"
+                f"{batch[-1].document}, stored as {cfg.dtype}: use --dtype bfloat16 or float32, or "
+                "leave those documents out"
             )
         acts[name] = rows
     special = torch.isin(ids, torch.tensor(sorted(model.special)))

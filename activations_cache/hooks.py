@@ -111,8 +111,8 @@ def find(points: Mapping[str, HookPoint], name: str, model: str) -> HookPoint:
     if name in points:
         return points[name]
     raise ModelError(
-        f"model '{model}' has no hook point '{name}'; {nearest(name, points)} "
-        f"`saekit inspect {model}` lists them with their widths"
+        f"model '{model}' has no hook point '{name}'; {nearest(name, points)} `saekit inspect "
+        f"{model}` lists them with their widths"
     )
 
 

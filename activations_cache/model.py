@@ -57,9 +57,8 @@ class LanguageModel:
             tokenizer = AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError) as error:
             raise ModelError(
-                f"model '{name}' cannot be loaded: {first_line(error)}. "
-                "Give 'demo', a folder with config.json, model.safetensors and tokenizer.json, or "
-                "a hub id"
+                f"model '{name}' cannot be loaded: {first_line(error)}. Give 'demo', a folder with "
+                "config.json, model.safetensors and tokenizer.json, or a hub id"
             ) from error
         return cls(name, _fingerprint(path, model), model.to(device), tokenizer)
 

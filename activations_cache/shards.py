@@ -75,9 +75,8 @@ class ShardReader:
             if file_sha256(self._path) != self._shard.sha256:
                 raise CacheError(
                     f"{self._path} does not match its checksum in the manifest: the shard was cut "
-                    "short or "
-                    "altered. Delete it and give the harvest's command again: it makes what is "
-                    "missing"
+                    "short or altered. Delete it and give the harvest's command again: it makes "
+                    "what is missing"
                 )
 
     @contextmanager

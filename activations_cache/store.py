@@ -53,8 +53,8 @@ class ActivationCache:
         manifest = Manifest.load(Path(path))
         if not manifest.complete:
             raise CacheError(
-                f"{path} is not complete ({manifest.n_rows:,} rows so far): give the same "
-                "`saekit harvest` command again to finish it"
+                f"{path} is not complete ({manifest.n_rows:,} rows so far): give the same `saekit "
+                "harvest` command again to finish it"
             )
         return cls(Path(path), manifest)
 

@@ -68,8 +68,8 @@ def load(path: Path | str, device: str = "cpu") -> SAE:
     if actual != config["fingerprint"]:
         raise CheckpointError(
             f"{folder / WEIGHTS} has SHA-256 {actual[:12]}..., {CONFIG} beside it says "
-            f"{config['fingerprint'][:12]}...: the file was altered or only partly written. "
-            "Copy the folder again from its source, or train again"
+            f"{config['fingerprint'][:12]}...: the file was altered or only partly written. Copy "
+            "the folder again from its source, or train again"
         )
     provenance = config["provenance"]
     return SAE(
@@ -91,8 +91,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{folder} holds no finished SAE ({CONFIG} is missing or unreadable). Give the folder "
-            "that "
-            "`saekit train ... --out` wrote; if the run was stopped, the same command finishes it"
+            "that `saekit train ... --out` wrote; if the run was stopped, the same command "
+            "finishes it"
         ) from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a saekit SAE: its 'format' is not '{FORMAT}'")

@@ -394,8 +394,8 @@ def _choice(argv: list[str], command: str, what: str, known: list[str]) -> tuple
     if argv and not argv[0].startswith("-"):
         return argv[0], argv[1:]
     usage = (
-        f"usage: saekit {command} {what} [flags]; {what} is one of: {', '.join(known)}. "
-        f"`saekit {command} {known[0]} --help` lists the flags"
+        f"usage: saekit {command} {what} [flags]; {what} is one of: {', '.join(known)}. `saekit "
+        f"{command} {known[0]} --help` lists the flags"
     )
     if argv and argv[0] in ("-h", "--help"):
         print(usage)

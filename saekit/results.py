@@ -8,6 +8,7 @@ tokens), bin.
 
 import dataclasses
 import json
+import subprocess
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +33,18 @@ def versions() -> dict[str, str]:
     return {"python": python_version(), **packages}
 
 
+def commit() -> str | None:
+    """The commit of saekit's own checkout; None for a wheel, which has a version alone."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
     """What an SAE was made from: enough to make it again, and to refuse what it does not belong
@@ -46,6 +59,8 @@ class Provenance:
     rows_seen: int
     """Activations trained on, repeats counted."""
     versions: dict[str, str]
+    commit: str | None = None
+    """Of saekit's checkout, where it ran from one."""
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Provenance":

@@ -25,7 +25,7 @@ from saekit.config import TrainConfig, differences, read_toml
 from saekit.errors import ConfigError, SaekitError
 from saekit.files import remove_partial, write_text
 from saekit.progress import bar
-from saekit.results import Provenance, versions
+from saekit.results import Provenance, commit, versions
 from saekit.sae import SAE
 from saekit.trainers import _state
 from saekit.trainers._base import Trainer, fold_input_scale
@@ -73,7 +73,7 @@ class _Run:
         self.settings: dict[str, Any] = {
             "kind": name_of(self.kind),
             "hook": hook,
-            "cache": str(cache.path),
+            "cache": str(cache.path.absolute()),
             "cache_fingerprint": cache.fingerprint,
             **cfg.to_dict(),
         }
@@ -96,8 +96,7 @@ class _Run:
         if there != ours:
             raise ConfigError(
                 f"{self.out} holds a run of another config ({differences(ours, there)}): give "
-                "another "
-                "--out, or the config that it was begun with"
+                "another --out, or the config that it was begun with"
             )
         if (self.out / checkpoint.CONFIG).exists():
             log.info("%s is complete", self.out)
@@ -133,7 +132,13 @@ class _Run:
         sample = torch.cat(list(islice(self._batches(0), math.ceil(SAMPLE_ROWS / size))))
         scale = 1.0
         if self.cfg.input_scaling == "sqrt_d":
-            scale = math.sqrt(self.d_in) / float(sample.norm(dim=1).mean())
+            norm = float(sample.norm(dim=1).mean())
+            if norm == 0:
+                raise SaekitError(
+                    f"the activations at '{self.hook}' are all zero: there is nothing to learn. "
+                    "Harvest another hook point"
+                )
+            scale = math.sqrt(self.d_in) / norm
         trainer.initialise(sample.to(self.device) * scale)
         return scale
 
@@ -193,6 +198,7 @@ class _Run:
             config=self.cfg.to_dict(),
             rows_seen=self.cfg.n_steps * self.cfg.batch_size,
             versions=versions(),
+            commit=commit(),
         )
         return replace(sae, provenance=provenance)
 
@@ -220,8 +226,7 @@ def _figures(
         if not math.isfinite(value):
             raise SaekitError(
                 f"loss '{name}' is {value} at step {step + 1}: training diverged. The last "
-                "checkpoint is "
-                "kept; start a new run with a lower --lr"
+                "checkpoint is kept; start a new run with a lower --lr"
             )
     variance = float((x - x.mean(0)).square().sum(1).mean())
     ev = {"ev": 1 - named["mse"] / variance} if variance > 0 else {}

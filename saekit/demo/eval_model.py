@@ -49,7 +49,8 @@ class LanguageModel:
 
     def __init__(self, folder: Path) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = AutoModelForCausalLM.from_pretrained(folder).eval().to(self.device)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder)
+        self.model = model.eval().to(self.device)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.bos = int(self.tokenizer.bos_token_id)
         self.context = int(self.model.config.n_positions)

@@ -217,7 +217,7 @@ def train(model: nn.Module, windows: Windows, recipe: Recipe) -> dict[str, Any]:
     n_text = recipe.batch_size - n_tasks
     embedding = model.get_parameter("transformer.wte.weight")
     model.train()
-    loss = torch.zeros(())
+    step, loss = 0, torch.zeros(())
     for step, done in enumerate(_clock(60 * recipe.minutes)):
         warm = min(1.0, (step + 1) / recipe.warmup)
         for group in optimizer.param_groups:
