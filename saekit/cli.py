@@ -6,7 +6,6 @@ codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 """
 
 import argparse
-import errno
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ import tyro
 
 from saekit import __version__
 from saekit.errors import ConfigError, SaekitError, nearest
+from saekit.files import disk_full
 
 if TYPE_CHECKING:
     from saekit.activations_cache.store import ActivationCache
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if disk_full(error):
             _complain("no space left on the disk: make room, then give the same command again")
         else:
             _complain(

@@ -9,6 +9,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from saekit.errors import SaekitError
 
 _PARTIAL = ".partial"
@@ -29,8 +31,8 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:
+        if not disk_full(error):
             raise
         raise SaekitError(
             f"no space left while writing {path}; what was complete before is untouched. "
@@ -38,6 +40,14 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def disk_full(error: Exception) -> bool:
+    """Whether the disk's end, or the user's share of it, is what went wrong."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    # safetensors writes in Rust, and gives the system's error number in its message alone.
+    return any(f"os error {number})" in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
 
 
 def remove_partial(folder: Path) -> None:

@@ -2,6 +2,7 @@ import errno
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from saekit.errors import SaekitError
 from saekit.files import remove_partial, write_atomic, write_json, write_text
@@ -21,9 +22,17 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path)
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_full_disk_is_said_in_words(tmp_path: Path) -> None:
+# What Python's open and safetensors' Rust raise on a full file system (seen on a small tmpfs).
+FULL = [
+    OSError(errno.ENOSPC, "No space left on device"),
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+]
+
+
+@pytest.mark.parametrize("error", FULL, ids=["python", "safetensors"])
+def test_a_full_disk_is_said_in_words(error: Exception, tmp_path: Path) -> None:
     def full(_: Path) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     with pytest.raises(SaekitError, match="no space left while writing .*file"):
         write_atomic(tmp_path / "file", full)
