@@ -67,8 +67,12 @@ class HarvestConfig(Config):
     batch_size: int = 32
     """Windows in a forward pass."""
 
+    gradients: bool = False
+    """Also keep the gradient of the summed next-token loss with respect to each activation."""
+
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Precision on disk."""
+    """Precision on disk. Gradients of a float16 cache are kept in bfloat16: float16 loses small
+    ones."""
 
     model_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision in which the model runs."""
@@ -205,24 +209,40 @@ def _activations(
     lengths = torch.tensor([len(window.ids) for window in batch])
     position = torch.arange(ids.shape[1]).expand_as(ids)
     kept = position < lengths[:, None]
+    columns = _columns(cfg, model, ids, lengths)
     acts = {}
-    for name, x in model.capture(ids, cfg.hooks).items():
-        rows = x[kept.to(x.device)].to("cpu", DTYPES[cfg.dtype])
+    for name, (x, dtype) in columns.items():
+        rows = x[kept.to(x.device)].to("cpu", dtype)
         if not rows.isfinite().all():
             raise CacheError(
-                f"activations at '{name}' are not finite in documents {batch[0].document} to "
-                f"{batch[-1].document}, stored as {cfg.dtype}: use --dtype bfloat16 or float32, or "
+                f"values of '{name}' are not finite in documents {batch[0].document} to "
+                f"{batch[-1].document}, stored as {dtype}: use --dtype bfloat16 or float32, or "
                 "leave those documents out"
             )
         acts[name] = rows
     special = torch.isin(ids, torch.tensor(sorted(model.special)))
+    last = position == lengths[:, None] - 1
     return ActivationBatch(
-        acts={name: acts[name] for name in cfg.hooks},
+        acts=acts,
         token=ids[kept].int(),
         document=names.number(batch).repeat_interleave(lengths).int(),
         position=position[kept].int(),
-        mask=(special[kept] * KINDS["special"]).to(torch.uint8),
+        mask=(special * KINDS["special"] | last * KINDS["last"])[kept].to(torch.uint8),
     )
+
+
+def _columns(
+    cfg: HarvestConfig, model: LanguageModel, ids: Tensor, lengths: Tensor
+) -> dict[str, tuple[Tensor, torch.dtype]]:
+    """What to keep of a batch by the name of its column, and in which precision."""
+    dtype = DTYPES[cfg.dtype]
+    if not cfg.gradients:
+        acts = model.capture(ids, cfg.hooks)
+        return {name: (acts[name], dtype) for name in cfg.hooks}
+    acts, grads = model.capture_with_gradients(ids, lengths, cfg.hooks)
+    wide = torch.bfloat16 if dtype == torch.float16 else dtype
+    columns = {name: (acts[name], dtype) for name in cfg.hooks}
+    return columns | {name + shards.GRADIENT: (grads[name], wide) for name in cfg.hooks}
 
 
 def _join(parts: list[ActivationBatch]) -> ActivationBatch:

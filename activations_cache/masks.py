@@ -5,9 +5,9 @@ from collections.abc import Collection
 
 from saekit.errors import ConfigError
 
-KINDS = {"special": 1}
+KINDS = {"special": 1, "last": 2}
 """Bit of each kind. `special`: the tokenizer's special tokens, the beginning-of-sequence token
-among them."""
+among them. `last`: the last token of a window, which has no next token there to predict."""
 
 
 def bits(exclude: Collection[str]) -> int:

@@ -134,6 +134,45 @@ class LanguageModel:
             self._forward(ids)
         return seen
 
+    def capture_with_gradients(
+        self, ids: Int[Tensor, "batch pos"], lengths: Int[Tensor, " batch"], names: Sequence[str]
+    ) -> tuple[dict[str, Float[Tensor, "batch pos _"]], dict[str, Float[Tensor, "batch pos _"]]]:
+        """Activations, and the gradient of the next-token loss with respect to each of them.
+
+        The loss is the cross-entropy in nats, summed over each window's first `length` - 1
+        positions: a sum, so that no gradient depends on which windows go together. A gradient
+        holds the effect on the losses of all later positions too; at a window's last position it
+        is 0.
+        """
+        wanted = {name: hooks.find(self.points, name, self.name) for name in names}
+        seen: dict[str, Tensor] = {}
+
+        def start(x: Tensor) -> Tensor:
+            # Weights are frozen, so the graph must begin somewhere: in front of every hook point.
+            seen["embed"] = x.detach().requires_grad_()
+            return seen["embed"]
+
+        def keep(name: str) -> Callable[[Tensor], None]:
+            def see(x: Tensor) -> None:
+                x.retain_grad()
+                seen[name] = x
+
+            return see
+
+        attach: dict[hooks.HookPoint, Callable[[Tensor], Tensor | None]] = {
+            point: keep(name) for name, point in wanted.items()
+        }
+        attach[self.points["embed"]] = start
+        with hooks.attached(attach), torch.enable_grad():
+            logits = self._forward(ids).logits
+            scored = torch.arange(ids.shape[1] - 1) < lengths[:, None] - 1
+            target = ids[:, 1:][scored].to(logits.device)
+            picked = logits[:, :-1][scored.to(logits.device)]
+            wide = picked.to(torch.promote_types(picked.dtype, torch.float32))
+            torch.nn.functional.cross_entropy(wide, target, reduction="sum").backward()
+        grads: dict[str, Any] = {name: seen[name].grad for name in names}
+        return {name: seen[name].detach() for name in names}, grads
+
     @torch.no_grad()
     def logits(
         self,

@@ -1,6 +1,7 @@
 """One shard: a safetensors file of rows, a column each for token, document, position and mask.
 
-Tensors: one `[row, d]` a hook point under its name; `token`, `document`, `position` int32 and
+Tensors: one `[row, d]` a hook point under its name, and one under `<name>.grad` where the harvest
+kept gradients; `token`, `document`, `position` int32 and
 `mask` uint8 `[row]`. `document` counts the cache's documents in order of appearance; the names of
 those that first appear in this shard stand in the file's metadata. Axes: row, d.
 """
@@ -21,6 +22,10 @@ from torch import Tensor
 from saekit.activations_cache.manifest import Shard
 from saekit.errors import CacheError
 from saekit.files import file_sha256, write_atomic
+
+GRADIENT = ".grad"
+"""Ends the name of the column that holds the gradients with respect to a hook point."""
+
 
 COLUMNS = ("token", "document", "position", "mask")
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saekit.activations_cache import masks
+from saekit.activations_cache import masks, shards
 from saekit.activations_cache.manifest import Manifest
 from saekit.activations_cache.shards import ShardReader
 from saekit.documents import held_out
@@ -84,8 +84,21 @@ class ActivationCache:
         """Names of the documents, by number."""
         return [name for shard in self._shards for name in shard.new_documents]
 
+    @property
+    def has_gradients(self) -> bool:
+        return bool(self.manifest.config.get("gradients", False))
+
     def width(self, hook: str) -> int:
-        """Raises CacheError for a hook point that was not harvested."""
+        """Width of a hook point, or of its gradient (`<hook>.grad`).
+
+        Raises CacheError for one that was not harvested.
+        """
+        hook, of_gradient, _ = hook.partition(shards.GRADIENT)
+        if of_gradient and not self.has_gradients:
+            raise CacheError(
+                f"{self.path} holds no gradients: harvest again with --gradients, into another "
+                "--out"
+            )
         if hook not in self.hooks:
             raise CacheError(
                 f"{self.path} has no activations at '{hook}'; it holds {', '.join(self.hooks)}. "
@@ -125,7 +138,35 @@ class ActivationCache:
         drop_last: bool = False,
         start: int = 0,
     ) -> Iterator[Float[Tensor, "batch d"]]:
-        """Shuffled batches: every row of the split once an epoch, in an order set by (seed, epoch).
+        """Shuffled batches of one hook point; see `aligned`."""
+        aligned = self.aligned(
+            (hook,),
+            batch_size,
+            seed=seed,
+            split=split,
+            exclude=exclude,
+            epochs=epochs,
+            drop_last=drop_last,
+            start=start,
+        )
+        return (batch[hook] for batch in aligned)
+
+    def aligned(
+        self,
+        columns: Collection[str],
+        batch_size: int,
+        *,
+        seed: int = 0,
+        split: Split = "train",
+        exclude: Collection[str] = ("special",),
+        epochs: int | None = 1,
+        drop_last: bool = False,
+        start: int = 0,
+    ) -> Iterator[dict[str, Float[Tensor, "batch _"]]]:
+        """Shuffled batches of several columns, whose rows belong together: hook points, and their
+        gradients as `<hook>.grad`.
+
+        Every row of the split comes once an epoch, in an order set by (seed, epoch).
 
         `epochs=None` goes on for ever; `drop_last` leaves out an epoch's last batch where it is
         not full; `start` is how many batches to pass over, at no cost: a stopped reader goes on
@@ -145,7 +186,8 @@ class ActivationCache:
                 torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(len(index)))
             ]
             for number in range(first, per_epoch):
-                yield self.rows(hook, order[number * batch_size : (number + 1) * batch_size])
+                rows = order[number * batch_size : (number + 1) * batch_size]
+                yield {column: self.rows(column, rows) for column in columns}
             epoch, first = epoch + 1, 0
 
     def windows(

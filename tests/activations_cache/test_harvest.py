@@ -94,6 +94,32 @@ def test_a_deleted_shard_is_made_again(
     assert harvest(tiny_config, tmp_path / "c").fingerprint == tiny_cache.fingerprint
 
 
+def test_gradients_are_kept_in_the_same_rows(
+    tmp_path: Path, tiny_config: HarvestConfig, tiny_cache: ActivationCache, tiny_lm: Path
+) -> None:
+    hooks = ("resid_post.0", "mlp_out.1")
+    cache = harvest(replace(tiny_config, gradients=True, hooks=hooks), tmp_path / "c")
+    assert cache.hooks == {"resid_post.0": 16, "mlp_out.1": 16}
+    model = LanguageModel.load(str(tiny_lm))
+    for window in cache.windows("all"):
+        stop = window.start + len(window.tokens)
+        length = torch.tensor([len(window.tokens)])
+        _, grads = model.capture_with_gradients(window.tokens[None], length, hooks)
+        for hook in hooks:
+            stored = cache.row_slice(f"{hook}.grad", window.start, stop)
+            torch.testing.assert_close(stored, grads[hook][0], rtol=2**-7, atol=1e-4)
+            plain = tiny_cache.row_slice(hook, window.start, stop)
+            torch.testing.assert_close(
+                cache.row_slice(hook, window.start, stop), plain, rtol=2**-7, atol=1e-3
+            )
+
+
+def test_the_last_token_of_a_window_is_marked(tiny_cache: ActivationCache) -> None:
+    kept = set(tiny_cache.indices("all", ("last",)).tolist())
+    ends = {w.start + len(w.tokens) - 1 for w in tiny_cache.windows("all")}
+    assert kept == set(range(tiny_cache.n_rows)) - ends
+
+
 def test_a_second_call_changes_nothing(
     tiny_cache: ActivationCache, tiny_config: HarvestConfig
 ) -> None:

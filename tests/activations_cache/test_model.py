@@ -146,6 +146,38 @@ def test_logits_are_the_normed_stream_times_the_unembedding(model: LanguageModel
     torch.testing.assert_close(stream["x"] @ W_U, logits)
 
 
+def test_gradients_are_those_of_the_summed_loss(model: LanguageModel) -> None:
+    """Against central differences in float64, at every hook point, for one push at one position."""
+    model.model.double()
+    lengths = torch.tensor([10, 7])
+    _, grads = model.capture_with_gradients(IDS, lengths, list(model.points))
+
+    def loss(edits: dict[str, Callable[[Tensor], Tensor]]) -> float:
+        log_p = model.logits(IDS, edits).log_softmax(-1)
+        return -sum(
+            float(log_p[row, t, IDS[row, t + 1]])
+            for row, length in enumerate(lengths.tolist())
+            for t in range(length - 1)
+        )
+
+    for name, grad in grads.items():
+        push = torch.zeros_like(grad)
+        push[1, 3] = torch.randn(grad.shape[-1], dtype=torch.float64) * 3e-4
+        up, down = (loss({name: push.add}), loss({name: push.neg().add}))
+        # RMSNorm computes in float32 whatever comes in, which is what limits the agreement.
+        assert float((grad * push).sum()) == pytest.approx((up - down) / 2, rel=5e-3), name
+        assert grad[0, 9].eq(0).all() and grad[1, 6:].eq(0).all(), "past the last scored position"
+
+
+def test_gradients_do_not_depend_on_which_windows_go_together(model: LanguageModel) -> None:
+    lengths = torch.tensor([10, 7])
+    x, g = model.capture_with_gradients(IDS, lengths, ["resid_post.0"])
+    alone, g_alone = model.capture_with_gradients(IDS[1:, :7], lengths[1:], ["resid_post.0"])
+    torch.testing.assert_close(g["resid_post.0"][1, :7], g_alone["resid_post.0"][0])
+    torch.testing.assert_close(x["resid_post.0"][1, :7], alone["resid_post.0"][0])
+    torch.testing.assert_close(x, model.capture(IDS, ["resid_post.0"]))
+
+
 def test_a_model_that_is_not_there_is_refused() -> None:
     with pytest.raises(ModelError, match="'/no/such/model' cannot be loaded"):
         LanguageModel.load("/no/such/model")

@@ -77,6 +77,20 @@ def test_a_batch_larger_than_the_split_is_refused_where_it_must_be_full(
         next(tiny_cache.batches(HOOK, 5_000, drop_last=True))
 
 
+def test_aligned_columns_come_from_the_same_rows(tiny_cache: ActivationCache) -> None:
+    columns = ("resid_post.0", "mlp_out.1")
+    together = list(tiny_cache.aligned(columns, 50, seed=1))
+    for column in columns:
+        alone = list(tiny_cache.batches(column, 50, seed=1))
+        assert len(alone) == len(together)
+        assert all(b[column].equal(x) for b, x in zip(together, alone, strict=True))
+
+
+def test_gradients_that_were_not_kept_are_refused(tiny_cache: ActivationCache) -> None:
+    with pytest.raises(CacheError, match="holds no gradients: harvest again with --gradients"):
+        tiny_cache.row_slice("resid_post.0.grad", 0, 1)
+
+
 def test_an_unknown_kind_of_token_is_refused(tiny_cache: ActivationCache) -> None:
     with pytest.raises(ConfigError, match="token kind 'padding' is unknown"):
         tiny_cache.indices("all", ("padding",))
