@@ -6,6 +6,7 @@ what follows is computed in the very batches of an uninterrupted run.
 """
 
 import logging
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -23,7 +24,7 @@ from saekit.activations_cache.shards import ActivationBatch
 from saekit.activations_cache.store import ActivationCache
 from saekit.activations_cache.tokens import TokenWindow, pad, windows
 from saekit.config import Config, differences
-from saekit.errors import CacheError, ConfigError, CorpusError
+from saekit.errors import CacheError, ConfigError, CorpusError, SaekitError
 from saekit.files import remove_partial
 from saekit.progress import bar
 
@@ -115,25 +116,75 @@ def harvest(cfg: HarvestConfig, out: Path | str, *, progress: bool = False) -> A
     if begun is not None and begun.complete:
         log.info("%s is complete: %d rows", out, begun.n_rows)
         return ActivationCache.open(out)
-    device = resolve_device(cfg.device)
-    model = LanguageModel.load(cfg.model, device, DTYPES[cfg.model_dtype])
-    if cfg.context is not None and cfg.context > model.context:
-        raise ConfigError(
-            f"context={cfg.context} exceeds what '{cfg.model}' can look at ({model.context} tokens)"
-        )
+    model = load_model(cfg)
     current = begun or Manifest(
         config=cfg.to_dict(),
         model=cfg.model,
         model_fingerprint=model.fingerprint,
-        hooks=_widths(model, cfg.hooks),
+        hooks=model.widths(cfg.hooks),
     )
     if current.model_fingerprint != model.fingerprint:
         raise CacheError(
             f"{out} was begun with other weights of '{cfg.model}' (fingerprint "
             f"{current.model_fingerprint[:12]}, now {model.fingerprint[:12]}): give another --out"
         )
+    _check_space(cfg, out, current)
     _harvest_shards(cfg, out, model, current, progress)
     return ActivationCache.open(out)
+
+
+def load_model(cfg: HarvestConfig) -> LanguageModel:
+    """The model that the config names, where and in the precision it shall run.
+
+    Raises ConfigError for a context longer than the model's.
+    """
+    model = LanguageModel.load(cfg.model, resolve_device(cfg.device), DTYPES[cfg.model_dtype])
+    if cfg.context is not None and cfg.context > model.context:
+        raise ConfigError(
+            f"context={cfg.context} exceeds what '{cfg.model}' can look at ({model.context} tokens)"
+        )
+    return model
+
+
+def batches(cfg: HarvestConfig, model: LanguageModel) -> Iterator[list[TokenWindow]]:
+    """The corpus as batches of windows, as they go through the model."""
+    texts = corpus.documents(
+        cfg.dataset, config=cfg.dataset_config, split=cfg.dataset_split, text_field=cfg.text_field
+    )
+    stream = windows(texts, model, context_of(cfg, model), cfg.n_tokens)
+    while batch := list(islice(stream, cfg.batch_size)):
+        yield batch
+
+
+def context_of(cfg: HarvestConfig, model: LanguageModel) -> int:
+    """Tokens of a window."""
+    return cfg.context or min(DEFAULT_CONTEXT, model.context)
+
+
+def row_bytes(cfg: HarvestConfig, hooks: dict[str, int]) -> dict[str, int]:
+    """Bytes of a row on disk by column; the four columns of the token's own go by "token"."""
+    size, wide = DTYPES[cfg.dtype].itemsize, _gradient_dtype(cfg).itemsize
+    sizes = {name: width * size for name, width in hooks.items()}
+    if cfg.gradients:
+        sizes |= {name + shards.GRADIENT: width * wide for name, width in hooks.items()}
+    return sizes | {"token": 3 * torch.int32.itemsize + torch.uint8.itemsize}
+
+
+def free_bytes(out: Path) -> int:
+    """Room on the disk that `out` will lie on."""
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    return shutil.disk_usage(there).free
+
+
+def _check_space(cfg: HarvestConfig, out: Path, current: Manifest) -> None:
+    need = (cfg.n_tokens - current.n_rows) * sum(row_bytes(cfg, current.hooks).values())
+    free = free_bytes(out)
+    if need > free:
+        raise SaekitError(
+            f"{cfg.n_tokens:,} tokens need up to {need / 1e9:.1f} GB more in {out}, and "
+            f"{free / 1e9:.1f} GB are free there: lower --n-tokens, name fewer --hooks, or give "
+            "another --out"
+        )
 
 
 def resolve_device(device: str) -> str:
@@ -167,22 +218,12 @@ def _begun(cfg: HarvestConfig, out: Path) -> Manifest | None:
     return replace(begun, shards=begun.shards[:whole], complete=False)
 
 
-def _widths(model: LanguageModel, names: tuple[str, ...]) -> dict[str, int]:
-    probe = torch.full((1, 1), model.bos)
-    seen = model.capture(probe, names)
-    return {name: seen[name].shape[-1] for name in names}
-
-
 def _harvest_shards(
     cfg: HarvestConfig, out: Path, model: LanguageModel, current: Manifest, progress: bool
 ) -> None:
-    texts = corpus.documents(
-        cfg.dataset, config=cfg.dataset_config, split=cfg.dataset_split, text_field=cfg.text_field
-    )
-    context = cfg.context or min(DEFAULT_CONTEXT, model.context)
-    stream = _batched(windows(texts, model, context, cfg.n_tokens), cfg.batch_size)
-    batches_per_shard = max(1, cfg.shard_rows // (cfg.batch_size * context))
-    names = _DocumentNumbers()
+    stream = batches(cfg, model)
+    batches_per_shard = max(1, cfg.shard_rows // (cfg.batch_size * context_of(cfg, model)))
+    names = DocumentNumbers()
     for batch in islice(stream, len(current.shards) * batches_per_shard):
         names.number(batch)
     with bar("harvest", cfg.n_tokens, done=current.n_rows, shown=progress) as shown:
@@ -190,7 +231,7 @@ def _harvest_shards(
             first_new = len(names)
             parts = []
             for batch in some:
-                parts.append(_activations(cfg, model, batch, names))
+                parts.append(activations(cfg, model, batch, names))
                 shown.advance(sum(len(window.ids) for window in batch))
             shard = shards.write(out, len(current.shards), _join(parts), names.since(first_new))
             current = replace(current, shards=(*current.shards, shard))
@@ -202,9 +243,10 @@ def _harvest_shards(
     replace(current, complete=True).save(out)
 
 
-def _activations(
-    cfg: HarvestConfig, model: LanguageModel, batch: list[TokenWindow], names: "_DocumentNumbers"
+def activations(
+    cfg: HarvestConfig, model: LanguageModel, batch: list[TokenWindow], names: "DocumentNumbers"
 ) -> ActivationBatch:
+    """The rows of a batch of windows. Raises CacheError for a value that is not finite."""
     ids = pad(batch, model.bos)
     lengths = torch.tensor([len(window.ids) for window in batch])
     position = torch.arange(ids.shape[1]).expand_as(ids)
@@ -240,9 +282,13 @@ def _columns(
         acts = model.capture(ids, cfg.hooks)
         return {name: (acts[name], dtype) for name in cfg.hooks}
     acts, grads = model.capture_with_gradients(ids, lengths, cfg.hooks)
-    wide = torch.bfloat16 if dtype == torch.float16 else dtype
+    wide = _gradient_dtype(cfg)
     columns = {name: (acts[name], dtype) for name in cfg.hooks}
     return columns | {name + shards.GRADIENT: (grads[name], wide) for name in cfg.hooks}
+
+
+def _gradient_dtype(cfg: HarvestConfig) -> torch.dtype:
+    return DTYPES["bfloat16" if cfg.dtype == "float16" else cfg.dtype]
 
 
 def _join(parts: list[ActivationBatch]) -> ActivationBatch:
@@ -251,12 +297,7 @@ def _join(parts: list[ActivationBatch]) -> ActivationBatch:
     return ActivationBatch(acts=acts, **columns)
 
 
-def _batched(stream: Iterator[TokenWindow], size: int) -> Iterator[list[TokenWindow]]:
-    while batch := list(islice(stream, size)):
-        yield batch
-
-
-class _DocumentNumbers:
+class DocumentNumbers:
     """Numbers documents in the order in which they appear; a document's windows stand together."""
 
     def __init__(self) -> None:

@@ -104,10 +104,12 @@ class LanguageModel:
         ids: list[list[int]] = encoded["input_ids"]
         return ids
 
-    def hook_widths(self) -> dict[str, int]:
-        """Width of the activation at every hook point, in the order of the forward pass."""
+    def widths(self, names: Sequence[str] | None = None) -> dict[str, int]:
+        """Width of the activation at the named hook points, or at every one of the model."""
+        names = list(self.points) if names is None else names
         probe = torch.full((1, 1), self.bos, device=self.device)
-        return {name: x.shape[-1] for name, x in self.capture(probe, list(self.points)).items()}
+        seen = self.capture(probe, names)
+        return {name: seen[name].shape[-1] for name in names}
 
     @torch.no_grad()
     def capture(

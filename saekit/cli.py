@@ -10,6 +10,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -154,6 +155,46 @@ def _harvest(argv: list[str]) -> None:
     print(f"{args.out}: {cache.n_rows:,} rows at {widths}")
     hook = next(iter(cache.hooks))
     print(f"Next: saekit train topk --cache {args.out} --hook {hook} --out RUN")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanArgs(_ConfigArgs):
+    """Say what a harvest will take: room on disk, memory and time. Takes the flags of harvest."""
+
+    out: Path
+    """Folder that the cache would lie in. Nothing is written."""
+    seconds: float = 10.0
+    """How long to measure the speed."""
+
+
+def _plan(argv: list[str]) -> None:
+    """say what a harvest will take: disk, memory, time"""
+    from saekit.activations_cache.harvest import HarvestConfig
+    from saekit.activations_cache.plan import plan
+
+    argv, given = _toml(argv)
+    args = _parse(PlanArgs, argv, "plan", HarvestConfig, given)
+    planned = plan(args.config, args.out, seconds=args.seconds)
+    gigabytes = {f"disk: {name}": size for name, size in planned.disk.items()}
+    gigabytes |= {
+        "disk: all": sum(planned.disk.values()),
+        "disk: free": planned.free,
+        "memory: the model's weights": planned.model,
+        "memory: one shard": planned.shard,
+    }
+    _print_table(
+        {
+            "rows": f"{planned.rows:,} at most",
+            **{name: f"{size / 1e9:,.3f} GB" for name, size in gigabytes.items()},
+            "speed": f"{planned.tokens_per_s:,.0f} tokens/s",
+            "time": f"{timedelta(seconds=round(planned.seconds))}",
+        },
+        "harvest",
+    )
+    if not planned.fits:
+        raise SaekitError(
+            "this does not fit on the disk: lower --n-tokens, name fewer --hooks, or another --out"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -333,11 +374,12 @@ def _inspect(argv: list[str]) -> None:
         provenance = config.pop("provenance") or {}
         _print_table({**config, **provenance, **provenance.get("config", {})}, "SAE")
     else:
-        _print_table(LanguageModel.load(args.what).hook_widths(), "hook point", "width")
+        _print_table(LanguageModel.load(args.what).widths(), "hook point", "width")
 
 
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": _demo,
+    "plan": _plan,
     "harvest": _harvest,
     "train": _train,
     "eval": _eval,
