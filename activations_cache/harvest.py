@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from rich.filesize import decimal
 from torch import Tensor
 
 from saekit.activations_cache import corpus, manifest, shards
@@ -181,8 +182,8 @@ def _check_space(cfg: HarvestConfig, out: Path, current: Manifest) -> None:
     free = free_bytes(out)
     if need > free:
         raise SaekitError(
-            f"{cfg.n_tokens:,} tokens need up to {need / 1e9:.1f} GB more in {out}, and "
-            f"{free / 1e9:.1f} GB are free there: lower --n-tokens, name fewer --hooks, or give "
+            f"{cfg.n_tokens:,} tokens need up to {decimal(need)} more in {out}, and "
+            f"{decimal(free)} are free there: lower --n-tokens, name fewer --hooks, or give "
             "another --out"
         )
 

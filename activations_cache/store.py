@@ -86,7 +86,7 @@ class ActivationCache:
 
     @property
     def has_gradients(self) -> bool:
-        return bool(self.manifest.config.get("gradients", False))
+        return bool(self.manifest.config["gradients"])
 
     def width(self, hook: str) -> int:
         """Width of a hook point, or of its gradient (`<hook>.grad`).

@@ -169,14 +169,16 @@ class PlanArgs(_ConfigArgs):
 
 def _plan(argv: list[str]) -> None:
     """say what a harvest will take: disk, memory, time"""
+    from rich.filesize import decimal
+
     from saekit.activations_cache.harvest import HarvestConfig
     from saekit.activations_cache.plan import plan
 
     argv, given = _toml(argv)
     args = _parse(PlanArgs, argv, "plan", HarvestConfig, given)
     planned = plan(args.config, args.out, seconds=args.seconds)
-    gigabytes = {f"disk: {name}": size for name, size in planned.disk.items()}
-    gigabytes |= {
+    sizes = {f"disk: {name}": size for name, size in planned.disk.items()}
+    sizes |= {
         "disk: all": sum(planned.disk.values()),
         "disk: free": planned.free,
         "memory: the model's weights": planned.model,
@@ -185,7 +187,7 @@ def _plan(argv: list[str]) -> None:
     _print_table(
         {
             "rows": f"{planned.rows:,} at most",
-            **{name: f"{size / 1e9:,.3f} GB" for name, size in gigabytes.items()},
+            **{name: decimal(size) for name, size in sizes.items()},
             "speed": f"{planned.tokens_per_s:,.0f} tokens/s",
             "time": f"{timedelta(seconds=round(planned.seconds))}",
         },

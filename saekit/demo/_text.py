@@ -77,8 +77,7 @@ def training_sentences(n: int, prose: list[Document], source: list[Document]) ->
 
     Fifty arguments can be learned by heart, and then the task is not; so the arguments are all
     common words of the source, without the test words. (For names see `Windows.batch`.) Templates
-    can be, too: a model that saw them as they are preferred the indirect object in 99 % of train
-    sentences, in 68 % with test templates. So every second ioi sentence is disturbed.
+    can be, too, so every second ioi sentence is disturbed.
     """
     words: dict[Task, list[str]] = {"docstring": _arguments(source)}
     rng = random.Random(_TRAINING_SEED)

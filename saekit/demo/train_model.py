@@ -44,7 +44,7 @@ MODEL = GPT2Config(
     n_embd=256,
     n_layer=4,
     n_head=8,
-    # The same function as the default "gelu_new", in one operator: half as long a pass on a CPU.
+    # The same function as the default "gelu_new", in one operator: much faster on a CPU.
     activation_function="gelu_pytorch_tanh",
     resid_pdrop=0.0,
     embd_pdrop=0.0,
@@ -83,9 +83,8 @@ class Recipe:
 class Windows:
     """Where training windows come from: text from any offset, tasks from a sentence's start.
 
-    Names that stand in few sentences can be learned by heart, and then the rule is not: a model
-    that was trained on 169 names, and later on 2,169, preferred the indirect object in 36 % of
-    held-out sentences. So in each window of task sentences the train names are exchanged for words
+    Names that stand in few sentences can be learned by heart, and then the rule is not (docs/log.md
+    has the figures). So in each window of task sentences the train names are exchanged for words
     drawn anew: for capitalised words in every second window, for any words in the others.
     """
 

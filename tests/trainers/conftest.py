@@ -46,7 +46,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory, directions: Tensor) -> Act
     )
     shard = shards.write(folder, 0, batch, ["planted"])
     Manifest(
-        config={"holdout": 0.0, "dtype": "float32"},
+        config={"holdout": 0.0, "dtype": "float32", "gradients": False},
         model="planted",
         model_fingerprint="planted",
         hooks={"resid_post.0": D_IN},
