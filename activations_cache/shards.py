@@ -1,72 +1,164 @@
-"""One shard: a safetensors file of rows, a column each for token, document, position and mask.
+"""One shard: a safetensors file of rows, a column for each hook point and for what a row is.
 
-Tensors: one `[row, d]` a hook point under its name, and one under `<name>.grad` where the harvest
-kept gradients; `token`, `document`, `position` int32 and
-`mask` uint8 `[row]`. `document` counts the cache's documents in order of appearance; the names of
-those that first appear in this shard stand in the file's metadata. Axes: row, d.
+Columns, all of the same number of rows: one `[row, d]` a hook point under its name; `<name>.scale`
+float32 `[row]` where the cache is int8 (value = int8 * scale); `<name>.grad` `[row, d]` where
+gradients were harvested; `token`, `document`, `position` int32 and `mask` uint8 `[row]`; in a
+shuffled cache `source` int64 `[row]`, the row's number in the cache it was made from. `document`
+counts documents in order of appearance; the names of those that first appear in this shard stand in
+the file's metadata. Axes: row, d.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Float, Int, UInt8
+import torch
+import xxhash
+from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from saekit.activations_cache.manifest import Shard
+from saekit.activations_cache.storage import Storage
 from saekit.errors import CacheError
-from saekit.files import file_sha256, write_atomic
+from saekit.files import file_checksum
 
 GRADIENT = ".grad"
 """Ends the name of the column that holds the gradients with respect to a hook point."""
+SCALE = ".scale"
+"""Ends the name of the column that holds the scales of an int8 column."""
+
+COLUMNS: dict[str, torch.dtype] = {
+    "token": torch.int32,
+    "document": torch.int32,
+    "position": torch.int32,
+    "mask": torch.uint8,
+}
+"""The columns of every shard beside its hook points, each `[row]`."""
+
+_SAFETENSORS_NAMES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
 
 
-COLUMNS = ("token", "document", "position", "mask")
+def write(
+    folder: Storage,
+    name: str,
+    columns: Mapping[str, Tensor],
+    new_documents: list[str],
+    *,
+    expected: str | None = None,
+) -> str:
+    """Write a shard, whole or not at all; returns its checksum.
+
+    Raises CacheError, and leaves what is there, where the checksum is not the expected one.
+
+    The columns are written from where they lie, and hashed on the way: safetensors' own writer
+    would copy all of them first, and the file would have to be read again.
+    """
+    # Widest type first: every column then lies at a multiple of its element's size.
+    order = sorted(columns, key=lambda column: (-columns[column].element_size(), column))
+    header: dict[str, Any] = {"__metadata__": {"documents": json.dumps(new_documents)}}
+    at = 0
+    for column in order:
+        tensor = columns[column]
+        header[column] = {
+            "dtype": _SAFETENSORS_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at + tensor.nbytes],
+        }
+        at += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest = xxhash.xxh3_128()
+    with folder.new_file(name) as path, path.open("wb") as file:
+        for part in (len(text).to_bytes(8, "little"), text):
+            digest.update(part)
+            file.write(part)
+        for column in order:
+            content = _bytes(columns[column])
+            digest.update(content)
+            file.write(content)
+        if expected not in (None, digest.hexdigest()):
+            raise CacheError(
+                f"{folder.url}/{name}, made again, is not what it was: the text, the machine or "
+                "the versions of its libraries have changed. Harvest into another --out"
+            )
+    return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class ActivationBatch:
-    """Rows of activations, and which token each belongs to."""
-
-    acts: dict[str, Float[Tensor, "row _"]]
-    token: Int[Tensor, " row"]
-    document: Int[Tensor, " row"]
-    position: Int[Tensor, " row"]
-    mask: UInt8[Tensor, " row"]
-
-
-def write(folder: Path, number: int, batch: ActivationBatch, new_documents: list[str]) -> Shard:
-    """Write a shard, whole or not at all."""
-    name = f"shard-{number:05d}.safetensors"
-    tensors = {**batch.acts, **{column: getattr(batch, column) for column in COLUMNS}}
-    metadata = {"documents": json.dumps(new_documents)}
-    write_atomic(folder / name, lambda path: save_file(tensors, path, metadata))
-    return Shard(file=name, rows=len(batch.token), sha256=file_sha256(folder / name))
+def _bytes(tensor: Tensor) -> memoryview:
+    assert tensor.is_contiguous()
+    flat: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
 
 
 class ShardReader:
     """A shard on disk, memory-mapped. Its checksum is compared once, before anything is read from
     it."""
 
-    def __init__(self, folder: Path, shard: Shard) -> None:
-        self._path = folder / shard.file
-        self._shard = shard
+    def __init__(self, folder: Storage, shard: Shard) -> None:
+        self._folder = folder
+        self.shard = shard
+
+    @property
+    def name(self) -> str:
+        return f"{self._folder.url}/{self.shard.file}"
 
     def column(self, name: str) -> Tensor:
-        """A whole tensor of the file, not copied: rows are read from disk when they are used."""
+        """A whole column, not copied: rows are read from disk when they are used."""
         tensor: Tensor = self._file.get_tensor(name)
         return tensor
 
+    def rows(self, name: str, index: Int[Tensor, " batch"]) -> Tensor:
+        """The given rows of a column, `[batch, ...]`: float32 of an int8 column, else as stored."""
+        return self._scaled(name, self.column(name)[index], index)
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start..stop of a column, `[stop - start, ...]`: float32 of an int8 column, else as
+        stored.
+
+        A plain read into new memory: for long runs of rows that is several times as fast as the
+        page faults of a memory map.
+        """
+        column = self.column(name)
+        out = torch.empty((stop - start, *column.shape[1:]), dtype=column.dtype)
+        row_bytes = column.nbytes // max(len(column), 1)
+        view = _bytes(out)
+        # Opened anew each time: a cache may have more shards than a process may have open files.
+        with self._path.open("rb", buffering=0) as file:
+            file.seek(self._offset(name) + start * row_bytes)
+            while view:
+                count = file.readinto(view)
+                if not count:
+                    raise CacheError(f"{self.name} ends early: it was cut short while it was read")
+                view = view[count:]
+        return self._scaled(name, out, slice(start, stop))
+
+    def _scaled(self, name: str, values: Tensor, rows: Any) -> Tensor:
+        if values.dtype != torch.int8:
+            return values
+        return values.float() * self.column(name + SCALE)[rows][:, None]
+
     @cached_property
     def new_documents(self) -> list[str]:
+        """Names of the documents that first appear in it."""
         names: list[str] = json.loads(self._file.metadata()["documents"])
         return names
+
+    @cached_property
+    def _path(self) -> Path:
+        with self._refusing():
+            return self._folder.local(self.shard.file, self.shard.checksum)
 
     @cached_property
     def _file(self) -> Any:
@@ -74,14 +166,23 @@ class ShardReader:
         with self._refusing():
             return safe_open(self._path, framework="pt")
 
+    @cached_property
+    def _header(self) -> tuple[int, dict[str, Any]]:
+        with self._path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            return 8 + size, json.loads(file.read(size))
+
+    def _offset(self, name: str) -> int:
+        begin, columns = self._header
+        return begin + int(columns[name]["data_offsets"][0])
+
     def check(self) -> None:
         """Raises CacheError where the file is missing or is not what was written."""
         with self._refusing():
-            if file_sha256(self._path) != self._shard.sha256:
+            if file_checksum(self._path) != self.shard.checksum:
                 raise CacheError(
-                    f"{self._path} does not match its checksum in the manifest: the shard was cut "
-                    "short or altered. Delete it and give the harvest's command again: it makes "
-                    "what is missing"
+                    f"{self.name} does not match its checksum in the manifest: the shard was cut "
+                    f"short or altered. `saekit verify {self._folder.url} --repair` makes it again"
                 )
 
     @contextmanager
@@ -90,7 +191,6 @@ class ShardReader:
             yield
         except (OSError, SafetensorError) as error:
             raise CacheError(
-                f"{self._path} cannot be read ({error}). Give the harvest's command again: it "
-                "makes "
-                "what is missing"
+                f"{self.name} cannot be read ({error}). `saekit verify {self._folder.url} "
+                "--repair` makes it again"
             ) from error

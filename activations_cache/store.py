@@ -1,5 +1,4 @@
-"""A finished cache, and how it is read: rows in shuffled batches, or windows in the order of the
-text.
+"""A finished cache, and how it is looked into: rows by number, or windows in the order of the text.
 
 Axes: row (of the whole cache, shard after shard), batch (rows), pos (tokens of a window), d.
 """
@@ -8,21 +7,28 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from saekit.activations_cache import masks, shards
 from saekit.activations_cache.manifest import Manifest
 from saekit.activations_cache.shards import ShardReader
+from saekit.activations_cache.stats import HookStats
+from saekit.activations_cache.storage import LocalStorage, Storage, storage
 from saekit.documents import held_out
-from saekit.errors import CacheError, ConfigError
-from saekit.progress import bar
+from saekit.errors import CacheError
 
 Split = Literal["train", "test", "all"]
+
+SOURCE = "source"
+"""The column of a shuffled cache that says which row of its source a row was."""
+
+_NEAR = 4
+"""Rows that lie so near to each other are read in one go, with what lies between them."""
 
 
 @dataclass(frozen=True)
@@ -38,25 +44,51 @@ class Window:
 
 
 class ActivationCache:
-    """A complete activation cache on disk. Each shard's checksum is compared when it is first
-    read."""
+    """A complete activation cache. Each shard's checksum is compared when it is first read.
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path = path
+    Rows that hold a value that is not finite are never given out as part of a split, whatever is
+    excluded: see `indices`.
+    """
+
+    def __init__(self, where: Storage | Path | str, manifest: Manifest) -> None:
+        self.folder = where if isinstance(where, Storage) else storage(where)
         self.manifest = manifest
-        self._shards = [ShardReader(path, shard) for shard in manifest.shards]
+        self.readers = [ShardReader(self.folder, shard) for shard in manifest.shards]
+        """One for each shard, in order."""
         self._starts = np.cumsum([0, *(shard.rows for shard in manifest.shards)])
 
     @classmethod
-    def open(cls, path: Path | str) -> "ActivationCache":
-        """Raises CacheError where there is no cache, or its harvest was not finished."""
-        manifest = Manifest.load(Path(path))
+    def open(cls, where: Path | str) -> "ActivationCache":
+        """A cache in a folder or behind a URL.
+
+        Raises CacheError where there is none, or it was not finished.
+        """
+        folder = storage(where)
+        manifest = Manifest.load(folder)
         if not manifest.complete:
+            command = "shuffle" if manifest.shuffle else "harvest"
             raise CacheError(
-                f"{path} is not complete ({manifest.n_rows:,} rows so far): give the same `saekit "
-                "harvest` command again to finish it"
+                f"{folder.url} is not complete ({manifest.n_rows:,} rows so far): give the same "
+                f"`saekit {command}` command again to finish it"
             )
-        return cls(Path(path), manifest)
+        return cls(folder, manifest)
+
+    @property
+    def url(self) -> str:
+        """Where it lies, as it was opened: for messages."""
+        return self.folder.url
+
+    @property
+    def location(self) -> str:
+        """Its URL, or its path from the root: where to open it from any folder."""
+        return str(self.path.absolute()) if isinstance(self.folder, LocalStorage) else self.url
+
+    @property
+    def path(self) -> Path:
+        """Its folder. Raises CacheError where it does not lie on a local disk."""
+        if not isinstance(self.folder, LocalStorage):
+            raise CacheError(f"{self.url} is not on a local disk: copy it to one first")
+        return self.folder.path
 
     @property
     def hooks(self) -> dict[str, int]:
@@ -79,14 +111,38 @@ class ActivationCache:
     def model_fingerprint(self) -> str:
         return self.manifest.model_fingerprint
 
-    @cached_property
-    def documents(self) -> list[str]:
-        """Names of the documents, by number."""
-        return [name for shard in self._shards for name in shard.new_documents]
+    @property
+    def dtype(self) -> str:
+        """Precision of the activations on disk, as the harvest's config names it."""
+        return str(self.manifest.config["dtype"])
 
     @property
     def has_gradients(self) -> bool:
         return bool(self.manifest.config["gradients"])
+
+    @property
+    def shuffled(self) -> bool:
+        """Whether the rows lie in random order; else they lie in the order of the text."""
+        return self.manifest.shuffle is not None
+
+    @property
+    def columns(self) -> list[str]:
+        """All columns of a shard."""
+        endings = ["", shards.SCALE] if self.dtype == "int8" else [""]
+        endings += [shards.GRADIENT] if self.has_gradients else []
+        own = [*shards.COLUMNS, *([SOURCE] if self.shuffled else [])]
+        return [hook + ending for hook in self.hooks for ending in endings] + own
+
+    @property
+    def shard_bounds(self) -> list[tuple[int, int]]:
+        """First row of each shard, and the row behind its last."""
+        starts: list[int] = self._starts.tolist()
+        return list(zip(starts, starts[1:], strict=False))
+
+    @cached_property
+    def documents(self) -> list[str]:
+        """Names of the documents, by number."""
+        return [name for shard in self.readers for name in shard.new_documents]
 
     def width(self, hook: str) -> int:
         """Width of a hook point, or of its gradient (`<hook>.grad`).
@@ -96,35 +152,102 @@ class ActivationCache:
         hook, of_gradient, _ = hook.partition(shards.GRADIENT)
         if of_gradient and not self.has_gradients:
             raise CacheError(
-                f"{self.path} holds no gradients: harvest again with --gradients, into another "
-                "--out"
+                f"{self.url} holds no gradients: harvest again with --gradients, into another --out"
             )
         if hook not in self.hooks:
             raise CacheError(
-                f"{self.path} has no activations at '{hook}'; it holds {', '.join(self.hooks)}. "
+                f"{self.url} has no activations at '{hook}'; it holds {', '.join(self.hooks)}. "
                 f"Harvest it with `saekit harvest --hooks {hook} ...`"
             )
         return self.hooks[hook]
 
+    def stats(self, hook: str) -> HookStats:
+        """Statistics of a hook point over all rows but special tokens. Raises CacheError for one
+        that was not harvested."""
+        self.width(hook)
+        if hook not in self.manifest.stats:
+            raise CacheError(f"{self.url} holds no statistics of '{hook}': harvest it again")
+        return self.manifest.stats[hook]
+
     def indices(
         self, split: Split = "all", exclude: Collection[str] = ("special",)
     ) -> Int[Tensor, " row"]:
-        """Rows of a split, in stored order, without tokens of the kinds in `exclude`."""
-        return self._kept(split, exclude).nonzero().flatten()
+        """Rows of a split, in stored order, without tokens of the kinds in `exclude`.
+
+        Rows of the kind "nonfinite" are left out always: no mean survives one of them.
+        """
+        kept = [
+            self.kept(start, stop, split, exclude).nonzero().flatten() + start
+            for start, stop in self.shard_bounds
+        ]
+        return torch.cat(kept)
+
+    def kept(
+        self, start: int, stop: int, split: Split = "all", exclude: Collection[str] = ("special",)
+    ) -> Bool[Tensor, " batch"]:
+        """Which of the rows start..stop `indices` gives."""
+        left_out = masks.bits(exclude) | masks.KINDS["nonfinite"]
+        kept = self._slice("mask", start, stop) & left_out == 0
+        if split == "all":
+            return kept
+        in_test = self._held_out[self._slice("document", start, stop).long()]
+        return kept & (in_test if split == "test" else ~in_test)
 
     def rows(self, hook: str, index: Int[Tensor, " batch"]) -> Float[Tensor, "batch d"]:
         """Activations of the given rows, in that order, in float32."""
-        x = torch.empty(len(index), self.width(hook))
-        shard_of = np.searchsorted(self._starts, index.numpy(), side="right") - 1
-        for number in np.unique(shard_of):
-            here = torch.from_numpy(shard_of == number)
-            local = index[here] - int(self._starts[number])
-            x[here] = self._shards[number].column(hook)[local].float()
-        return x
+        return self.take(hook, index)
 
     def row_slice(self, hook: str, start: int, stop: int) -> Float[Tensor, "batch d"]:
         """Activations of rows start..stop in float32."""
-        return self.rows(hook, torch.arange(start, min(stop, self.n_rows)))
+        return self.take(hook, torch.arange(start, min(stop, self.n_rows)))
+
+    def take(
+        self,
+        column: str,
+        index: Int[Tensor, " batch"],
+        *,
+        dtype: torch.dtype | None = torch.float32,
+        pinned: bool = False,
+    ) -> Shaped[Tensor, "batch ..."]:
+        """The given rows of any column, in that order, in new memory.
+
+        Activations and gradients `[batch, d]` come in `dtype`, or as stored where it is None (int8
+        always as float32: scaled); `token`, `document`, `position`, `mask` and `source` `[batch]`
+        in their own types. `pinned`: in memory that a GPU copies from on its own.
+        """
+        narrow = column in shards.COLUMNS or (column == SOURCE and self.shuffled)
+        tail = () if narrow else (self.width(column),)
+        in_order = bool((index.diff() >= 0).all())
+        order = None if in_order else index.argsort(stable=True)
+        rows = index if order is None else index[order]
+        out = None
+        for number, first, last in self._parts(rows):
+            part = self._part(number, column, rows[first:last] - int(self._starts[number]))
+            if out is None:
+                kind = part.dtype if dtype is None or not tail else dtype
+                out = torch.empty((len(index), *tail), dtype=kind, pin_memory=pinned)
+            out[slice(first, last) if order is None else order[first:last]] = part.to(out.dtype)
+        return torch.empty((0, *tail), dtype=dtype) if out is None else out
+
+    def _parts(self, rows: Int[Tensor, " batch"]) -> Iterator[tuple[int, int, int]]:
+        """For each shard that has some of the sorted rows: its number, and which of them."""
+        ends = np.searchsorted(rows.numpy(), self._starts).tolist()
+        for number, (first, last) in enumerate(zip(ends, ends[1:], strict=False)):
+            if first < last:
+                yield number, first, last
+
+    def _part(
+        self, number: int, column: str, local: Int[Tensor, " batch"]
+    ) -> Shaped[Tensor, "batch ..."]:
+        """Rows of a shard, given in rising order, by the quicker of two ways."""
+        shard, steps = self.readers[number], local.diff()
+        ends = (steps > _NEAR).nonzero().flatten() + 1
+        if len(local) < _NEAR * (len(ends) + 1):
+            part = shard.rows(column, local)
+        else:
+            runs = torch.tensor_split(local, ends)
+            part = torch.cat([_run(shard, column, run) for run in runs])
+        return part + shard.shard.document_offset if column == "document" else part
 
     def batches(
         self,
@@ -134,94 +257,56 @@ class ActivationCache:
         seed: int = 0,
         split: Split = "train",
         exclude: Collection[str] = ("special",),
-        epochs: int | None = 1,
-        drop_last: bool = False,
-        start: int = 0,
     ) -> Iterator[Float[Tensor, "batch d"]]:
-        """Shuffled batches of one hook point; see `aligned`."""
-        aligned = self.aligned(
-            (hook,),
-            batch_size,
-            seed=seed,
-            split=split,
-            exclude=exclude,
-            epochs=epochs,
-            drop_last=drop_last,
-            start=start,
-        )
-        return (batch[hook] for batch in aligned)
+        """One epoch of shuffled batches of one hook point, in float32; `reader.Reader` does more.
 
-    def aligned(
-        self,
-        columns: Collection[str],
-        batch_size: int,
-        *,
-        seed: int = 0,
-        split: Split = "train",
-        exclude: Collection[str] = ("special",),
-        epochs: int | None = 1,
-        drop_last: bool = False,
-        start: int = 0,
-    ) -> Iterator[dict[str, Float[Tensor, "batch _"]]]:
-        """Shuffled batches of several columns, whose rows belong together: hook points, and their
-        gradients as `<hook>.grad`.
-
-        Every row of the split comes once an epoch, in an order set by (seed, epoch).
-
-        `epochs=None` goes on for ever; `drop_last` leaves out an epoch's last batch where it is
-        not full; `start` is how many batches to pass over, at no cost: a stopped reader goes on
-        where it was. Raises ConfigError where the split holds no row, or with `drop_last` not one
-        full batch.
+        Raises what the reader raises.
         """
-        index = self.indices(split, exclude)
-        per_epoch = len(index) // batch_size if drop_last else -(-len(index) // batch_size)
-        if per_epoch == 0:
-            raise ConfigError(
-                f"split '{split}' of {self.path} has {len(index):,} rows: too few for a batch of "
-                f"{batch_size:,}. Harvest more tokens, or lower the batch size"
-            )
-        epoch, first = divmod(start, per_epoch)
-        while epochs is None or epoch < epochs:
-            order = index[
-                torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(len(index)))
-            ]
-            for number in range(first, per_epoch):
-                rows = order[number * batch_size : (number + 1) * batch_size]
-                yield {column: self.rows(column, rows) for column in columns}
-            epoch, first = epoch + 1, 0
+        # The reader's module imports this one.
+        from saekit.activations_cache.reader import Reader
+
+        cache: Any = self  # Pyright knows this module by two names, and takes them for two classes.
+        reader = Reader(cache, (hook,), batch_size, seed=seed, split=split, exclude=exclude)
+        return (batch[hook] for batch in reader)
 
     def windows(
         self, split: Split = "test", exclude: Collection[str] = ("special",)
     ) -> Iterator[Window]:
-        """The windows of a split, in stored order."""
-        kept = self._kept("all", exclude)
-        in_split = self._in_split(split)
-        starts = (self._column("position") == 0).nonzero().flatten().tolist()
-        tokens, document = self._column("token").long(), self._column("document")
-        for start, stop in zip(starts, [*starts[1:], self.n_rows], strict=True):
-            if in_split[start]:
-                yield Window(tokens[start:stop], int(document[start]), start, kept[start:stop])
+        """The windows of a split, in stored order.
 
-    def verify(self, *, progress: bool = False) -> None:
-        """Read every shard and compare its checksum.
-
-        Raises CacheError naming the first that fails.
+        Raises CacheError for a shuffled cache: its rows no longer stand beside their neighbours.
         """
-        with bar("verify", self.n_rows, shown=progress) as shown:
-            for shard, entry in zip(self._shards, self.manifest.shards, strict=True):
-                shard.check()
-                shown.advance(entry.rows)
+        if self.manifest.shuffle is not None:
+            raise CacheError(
+                f"{self.url} is shuffled: its rows do not lie in windows any more. Give the cache "
+                f"that it was made from, {self.manifest.shuffle.source}"
+            )
+        return self._windows(split, exclude)
 
-    def _kept(self, split: Split, exclude: Collection[str]) -> Bool[Tensor, " row"]:
-        return self._in_split(split) & (self._column("mask") & masks.bits(exclude) == 0)
+    def _windows(self, split: Split, exclude: Collection[str]) -> Iterator[Window]:
+        for first, end in self.shard_bounds:  # A window lies in one shard.
+            kept = self.kept(first, end, "all", exclude)
+            starts = (self._slice("position", first, end) == 0).nonzero().flatten().tolist()
+            tokens = self._slice("token", first, end).long()
+            document = self._slice("document", first, end)
+            for start, stop in zip(starts, [*starts[1:], end - first], strict=True):
+                of = int(document[start])
+                if split == "all" or bool(self._held_out[of]) == (split == "test"):
+                    yield Window(tokens[start:stop], of, first + start, kept[start:stop])
 
-    def _in_split(self, split: Split) -> Bool[Tensor, " row"]:
-        if split == "all":
-            return torch.ones(self.n_rows, dtype=torch.bool)
+    @cached_property
+    def _held_out(self) -> Bool[Tensor, " document"]:
         fraction = self.manifest.config["holdout"]
-        test = torch.tensor([held_out(name, fraction) for name in self.documents])
-        in_test = test[self._column("document").long()]
-        return in_test if split == "test" else ~in_test
+        return torch.tensor([held_out(name, fraction) for name in self.documents], dtype=torch.bool)
 
-    def _column(self, name: str) -> Tensor:
-        return torch.cat([shard.column(name) for shard in self._shards])
+    def _slice(self, column: str, start: int, stop: int) -> Shaped[Tensor, " batch"]:
+        return self.take(column, torch.arange(start, stop))
+
+
+def _run(
+    shard: ShardReader, column: str, local: Int[Tensor, " batch"]
+) -> Shaped[Tensor, "batch ..."]:
+    """Rows that lie near to each other, given in rising order."""
+    first = int(local[0])
+    read = shard.read(column, first, int(local[-1]) + 1)
+    return read if (local.diff() == 1).all() else read[local - first]

@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saekit import checkpoint
-from saekit.activations_cache.harvest import DTYPES, resolve_device
+from saekit.activations_cache.config import DTYPES
+from saekit.activations_cache.job import resolve_device
 from saekit.activations_cache.model import LanguageModel
 from saekit.activations_cache.store import ActivationCache
 from saekit.config import Config
@@ -96,7 +97,7 @@ class Eval(ABC):
         index = self.cache.indices(cfg.split, cfg.exclude)[: cfg.max_rows]
         if len(index) == 0:
             raise CacheError(
-                f"split '{cfg.split}' of {self.cache.path} has no rows outside "
+                f"split '{cfg.split}' of {self.cache.url} has no rows outside "
                 f"{list(cfg.exclude)}; choose another split, or harvest more documents"
             )
         with bar("activations", len(index), shown=self.progress) as shown:
@@ -113,7 +114,7 @@ class Eval(ABC):
         model = LanguageModel.load(self.cache.model, self.device, dtype)
         if model.fingerprint != self.cache.model_fingerprint:
             raise CacheError(
-                f"{self.cache.path} was harvested from weights of '{self.cache.model}' with "
+                f"{self.cache.url} was harvested from weights of '{self.cache.model}' with "
                 f"fingerprint {self.cache.model_fingerprint[:12]}, but that name now leads to "
                 f"{model.fingerprint[:12]}: put the old weights back, or harvest again"
             )
@@ -176,7 +177,7 @@ def matching_hook(sae: SAE, cache: ActivationCache, hook: str | None) -> str:
         if origin.model_fingerprint != cache.model_fingerprint:
             raise CacheError(
                 f"the SAE was trained on model '{origin.model}' (fingerprint "
-                f"{origin.model_fingerprint[:12]}), but {cache.path} holds activations of "
+                f"{origin.model_fingerprint[:12]}), but {cache.url} holds activations of "
                 f"'{cache.model}' ({cache.model_fingerprint[:12]}): give a cache of the SAE's model"
             )
         if hook is not None and hook != origin.hook:
@@ -189,7 +190,7 @@ def matching_hook(sae: SAE, cache: ActivationCache, hook: str | None) -> str:
     width = cache.width(hook)
     if sae.d_in != width:
         raise CacheError(
-            f"the SAE reads activations of width {sae.d_in}, but '{hook}' of {cache.path} has "
+            f"the SAE reads activations of width {sae.d_in}, but '{hook}' of {cache.url} has "
             f"width {width}: give the hook that the SAE was trained on"
         )
     if sae.d_out != sae.d_in:

@@ -9,6 +9,7 @@ the same positions.
 Axes: batch (windows), pos, row (edited positions), d, token (scored positions), vocab.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saekit.activations_cache.harvest import DTYPES
+from saekit.activations_cache.config import DTYPES
 from saekit.activations_cache.model import LanguageModel
 from saekit.activations_cache.store import ActivationCache, Window
 from saekit.errors import CacheError
@@ -155,19 +156,30 @@ def _compare_with_cache(
     """Refuse to mix numbers from the cache with those of a model that gives other activations.
 
     Rounding on disk and in the model explains `|live - cached| / |cached|` of about half an epsilon
-    of the coarser dtype; four are allowed, for other batch shapes and other devices.
+    of the coarser dtype (int8: the error that the harvest measured); four are allowed, for other
+    batch shapes and other devices.
     """
     stored = torch.cat(
         [cache.row_slice(hook, w.start, w.start + len(w.tokens))[w.keep] for w in windows]
     )
     config = cache.manifest.config
-    epsilon = max(torch.finfo(DTYPES[config[key]]).eps for key in ("dtype", "model_dtype"))
+    epsilon = max(_storage_error(cache, hook), torch.finfo(DTYPES[config["model_dtype"]]).eps)
     allowed = 4 * epsilon + 1e-4
     apart, length = float((live - stored).norm()), float(stored.norm())
     if not apart <= allowed * length:
         raise CacheError(
-            f"model '{cache.model}' now gives other activations at '{hook}' than {cache.path} "
+            f"model '{cache.model}' now gives other activations at '{hook}' than {cache.url} "
             f"holds: they differ by {apart / max(length, 1e-30):.2g} of their length, where "
             f"storage as {config['dtype']} explains at most {allowed:.2g}. Harvest the cache again "
             "with the versions installed now"
         )
+
+
+def _storage_error(cache: ActivationCache, hook: str) -> float:
+    """How far a row is from what is stored of it, in units of its length."""
+    dtype = DTYPES[cache.manifest.config["dtype"]]
+    if dtype.is_floating_point:
+        return torch.finfo(dtype).eps
+    stats = cache.stats(hook)
+    assert stats.sum_squared_error is not None
+    return math.sqrt(stats.sum_squared_error / max(stats.sum_squares, 1e-30))

@@ -74,7 +74,7 @@ class Core(Eval):
         n = losses["clean"].ce.n
         if n == 0:
             raise CacheError(
-                f"no token of split '{cfg.split}' of {self.cache.path} has a next token to "
+                f"no token of split '{cfg.split}' of {self.cache.url} has a next token to "
                 "predict: choose another split, or ce_tokens=0 to leave the model out"
             )
         return _cross_entropy({name: loss.ce.value for name, loss in losses.items()}, n) | {
@@ -91,7 +91,7 @@ class Core(Eval):
         index = self.cache.indices("train", self.cfg.exclude)[: self.cfg.max_rows]
         if len(index) == 0:
             raise CacheError(
-                f"{self.cache.path} has no rows in its train split, and mean ablation takes its "
+                f"{self.cache.url} has no rows in its train split, and mean ablation takes its "
                 "mean from there; harvest more documents, or ce_tokens=0 to leave the model out"
             )
         parts = (

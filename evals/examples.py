@@ -142,7 +142,7 @@ class Examples(Eval):
                 shown.advance(len(x))
         if firing is None:
             raise CacheError(
-                f"split '{cfg.split}' of {self.cache.path} has no window of at most "
+                f"split '{cfg.split}' of {self.cache.url} has no window of at most "
                 f"max_rows={cfg.max_rows} rows; choose another split, or raise max_rows"
             )
         return firing, entries.in_stored_order()
@@ -165,12 +165,12 @@ class Examples(Eval):
 
     def _promoted(self, model: LanguageModel) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Tokens that each decoder row raises and lowers most, and by how much."""
-        gain, W_U = model.unembed()
         to_residual = model.residual_map(self.hook)
-        top = min(self.cfg.top, W_U.shape[1])
+        top = min(self.cfg.top, len(model.vocab))
         if to_residual is None:
             none = torch.full((self.sae.d_sae, top), -1), torch.zeros(self.sae.d_sae, top)
             return *none, *none
+        gain, W_U = model.unembed()
         parts = []
         for W_dec in torch.split(self.sae.W_dec, max(1, _LOGITS_AT_ONCE // W_U.shape[1])):
             logits = (W_dec @ to_residual * gain) @ W_U

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from saekit.activations_cache.harvest import HarvestConfig, harvest
+    from saekit.activations_cache.config import HarvestConfig
+    from saekit.activations_cache.harvest import harvest
     from saekit.activations_cache.store import ActivationCache
     from saekit.checkpoint import load, save
     from saekit.evals._base import evaluate
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from saekit.trainers._loop import train
 
 _HOME = {
-    "HarvestConfig": "saekit.activations_cache.harvest",
+    "HarvestConfig": "saekit.activations_cache.config",
     "harvest": "saekit.activations_cache.harvest",
     "ActivationCache": "saekit.activations_cache.store",
     "load": "saekit.checkpoint",

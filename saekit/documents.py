@@ -10,10 +10,13 @@ from hashlib import blake2b
 
 @dataclass(frozen=True)
 class Document:
-    """One text, under a name that is stable between machines (a module path, a row number)."""
+    """One text or one chat, under a name that is stable between machines (a module path, a row
+    number)."""
 
     id: str
-    text: str
+    text: str = ""
+    messages: tuple[dict[str, str], ...] = ()
+    """A chat in place of a text: each message has a "role" and a "content"."""
 
 
 def held_out(document_id: str, fraction: float) -> bool:

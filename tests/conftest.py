@@ -89,7 +89,7 @@ def tiny_config(tiny_lm: Path, corpus_file: Path) -> HarvestConfig:
         context=24,
         batch_size=4,
         holdout=0.25,
-        shard_rows=400,
+        shard_mib=0.041,  # four batches
     )
 
 

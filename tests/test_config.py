@@ -6,7 +6,7 @@ import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saekit.activations_cache.harvest import HarvestConfig
+from saekit.activations_cache.config import HarvestConfig
 from saekit.config import Config, TrainConfig, differences, read_toml
 from saekit.errors import ConfigError
 from saekit.evals import _kinds as eval_kinds

@@ -28,7 +28,7 @@ def figures() -> ModuleType:
 @pytest.mark.parametrize(
     ("pattern", "there"),
     [
-        (r"^\| `saekit (\w+)", list(cli._COMMANDS)),
+        (r"^\| `saekit (\w+)", list(cli.commands())),
         (r"^\| kinds of SAE.*?\n\n", sae_kinds.names()),
         (r"^\| evaluations.*?\n\n", eval_kinds.names()),
     ],
@@ -57,5 +57,5 @@ def test_every_link_leads_to_a_file() -> None:
 
 
 def test_every_command_has_a_line_of_help() -> None:
-    for name, command in cli._COMMANDS.items():
-        assert command.__doc__, name
+    for name, line in cli.commands().items():
+        assert line, name

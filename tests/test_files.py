@@ -1,11 +1,19 @@
 import errno
+import os
 from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
 
 from saekit.errors import SaekitError
-from saekit.files import remove_partial, write_atomic, write_json, write_text
+from saekit.files import (
+    file_checksum,
+    new_file,
+    remove_partial,
+    write_atomic,
+    write_json,
+    write_text,
+)
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -50,3 +58,56 @@ def test_json_that_others_cannot_read_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "x.json", {"ev": float("nan")})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_new_file_appears_when_its_block_ends_and_not_before(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "file"
+    with new_file(path) as temporary:
+        temporary.write_text("whole")
+        assert not path.exists()
+    assert path.read_text() == "whole"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_file_folder_and_new_parents_reach_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_ino))
+    path = tmp_path / "a" / "b" / "file"
+    write_text(path, "x")
+    assert synced == [found.stat().st_ino for found in (path, *path.parents[:3])]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO], ids=["cannot", "failed"])
+def test_a_folder_that_cannot_be_synced_is_let_be_but_a_failing_disk_is_not(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.fsync
+
+    def fsync(handle: int) -> None:
+        if os.fstat(handle).st_ino == tmp_path.stat().st_ino:
+            raise OSError(number, "fsync")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if number == errno.EIO:
+        with pytest.raises(OSError, match="fsync"):
+            write_text(tmp_path / "file", "x")
+    else:
+        write_text(tmp_path / "file", "x")
+        assert (tmp_path / "file").read_text() == "x"
+
+
+def test_the_checksum_is_xxh3_128(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"")
+    assert (
+        file_checksum(path) == "99aa06d3014798d86001c324468d497f"
+    )  # from xxHash's own test vectors
+    path.write_bytes(bytes(9 << 20))  # more than one block
+    whole = file_checksum(path)
+    with path.open("r+b") as file:
+        file.seek(8 << 20)
+        file.write(b"1")
+    assert file_checksum(path) != whole

@@ -17,6 +17,17 @@ run() {
   }
 }
 
+must_fail() {
+  echo "\$ $*"
+  code=0
+  "$@" >log 2>&1 </dev/null || code=$?
+  [[ $code == 1 ]] || {
+    cat log
+    echo "smoke: '$*' ended with exit code $code, not 1" >&2
+    exit 1
+  }
+}
+
 must_exist() {
   [[ -s $1 ]] || {
     echo "smoke: no $1 was written" >&2
@@ -34,8 +45,17 @@ while read -r line; do
   # shellcheck disable=SC2086  # the README's commands are plain words
   run $line
 done <<<"$commands"
+run saekit plan --model demo --dataset demo --n-tokens 200_000 --seconds 1 --out planned
+[[ ! -e planned ]] || { echo "smoke: saekit plan wrote something" >&2; exit 1; }
 run saekit verify cache
-for product in cache/manifest.json run/sae.safetensors run/config.json run/results/core.json run/report.html run/report.md; do
+run saekit shuffle cache --out mixed --memory-mib 64
+for damaged in cache mixed; do
+  printf x >>"$damaged/shard-00000.safetensors"
+  must_fail saekit verify "$damaged"
+  run saekit verify "$damaged" --repair
+  run saekit verify "$damaged"
+done
+for product in cache/manifest.json mixed/manifest.json run/sae.safetensors run/config.json run/results/core.json run/report.html run/report.md; do
   must_exist "$product"
 done
 

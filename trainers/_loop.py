@@ -9,6 +9,7 @@ import logging
 import math
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -20,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saekit import checkpoint
+from saekit.activations_cache.reader import Reader
 from saekit.activations_cache.store import ActivationCache
 from saekit.config import TrainConfig, differences, read_toml
 from saekit.errors import ConfigError, SaekitError
@@ -73,7 +75,7 @@ class _Run:
         self.settings: dict[str, Any] = {
             "kind": name_of(self.kind),
             "hook": hook,
-            "cache": str(cache.path.absolute()),
+            "cache": cache.location,
             "cache_fingerprint": cache.fingerprint,
             **cfg.to_dict(),
         }
@@ -139,19 +141,22 @@ class _Run:
                     "Harvest another hook point"
                 )
             scale = math.sqrt(self.d_in) / norm
-        trainer.initialise(sample.to(self.device) * scale)
+        trainer.initialise(sample * scale)
         return scale
 
-    def _batches(self, start: int) -> Any:
-        return self.cache.batches(
-            self.hook,
+    def _batches(self, start: int) -> Iterator[Float[Tensor, "batch d_in"]]:
+        reader = Reader(
+            self.cache,
+            (self.hook,),
             self.cfg.batch_size,
             seed=self.cfg.seed,
             exclude=self.cfg.exclude,
             epochs=None,
             drop_last=True,
             start=start,
+            device=self.device,
         )
+        return (batch[self.hook] for batch in reader)
 
     def _steps(
         self,
@@ -167,7 +172,7 @@ class _Run:
         since = time.perf_counter(), at.step
         with bar(f"train {self.settings['kind']}", total, done=done, shown=progress) as shown:
             for step in range(at.step, cfg.n_steps):
-                x = next(batches).to(self.device) * scale
+                x = next(batches) * scale
                 lr = cfg.lr * warm_then_decay(step, cfg.n_steps, cfg.lr_warmup, cfg.lr_decay)
                 losses = _step(trainer, optimiser, x, lr)
                 note = ""
@@ -237,5 +242,5 @@ def _only_hook(cache: ActivationCache) -> str:
     if len(cache.hooks) == 1:
         return next(iter(cache.hooks))
     raise ConfigError(
-        f"{cache.path} holds several hook points ({', '.join(cache.hooks)}): say which with --hook"
+        f"{cache.url} holds several hook points ({', '.join(cache.hooks)}): say which with --hook"
     )

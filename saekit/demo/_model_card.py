@@ -33,21 +33,17 @@ Windows of `<bos>` and up to {rest} tokens of one document, without overlap; eve
 {task_rows}
 
 Sentences of the test split of `saekit.demo.tasks`: names, templates, nouns, start years and
-arguments that no training sentence of the task has. Its names do stand in books, and in the first
-stage's {first_n_recall_sentences:,} sentences of another kind that only repeat a name.
+arguments that no training sentence of the task has. Its names do stand in books.
 
 ## Training
 
-| stage | minutes | steps | tokens seen | peak rate | words that stand for names |
-|---|---|---|---|---|---|
-{stage_rows}
+{minutes:g} minutes on one {device}: {steps:,} steps, {billions:.2f} B tokens, AdamW with a
+peak rate of {lr:g}, {batch_size} windows of {context} tokens a step, warm-up and cosine, bfloat16
+autocast, seed {seed}. The schedule follows the clock, so another run gives a model as good, not the
+same weights. In each window of task sentences their names are exchanged for words drawn anew from
+{n_names:,}, every second ioi sentence is disturbed, the name that ends a sentence counts for
+more, and the token embedding learns from books and source alone.
 
-Train names are exchanged for words drawn anew in each window. The second stage is the recipe as it
-is now; the first had task sentences as they are (now every second ioi sentence is disturbed), test
-names among those that are repeated, and an embedding that learned from task sentences too.
-
-On one {device}: AdamW, {batch_size} windows a step, warm-up and cosine, bfloat16 autocast, seed
-{seed}. The schedule follows the clock, so another run gives a model as good, not the same weights.
 torch {torch}, transformers {transformers}.
 
 | data | size | licence |
@@ -55,7 +51,7 @@ torch {torch}, transformers {transformers}.
 | {n_books} English books of {n_authors} authors | {book_megabytes:.1f} MB | public domain |
 | {n_source_files:,} Python files, of {n_packages} packages and the standard library | \
 {source_megabytes:.1f} MB | each package's own; PSF |
-| {n_sentences:,} sentences of our own, in {task_share:.0%} of the windows | \
+| {n_sentences:,} sentences of our own, for {task_share:.0%} of the tokens | \
 {task_tokens:,} tokens | ours |
 
 The packages and their versions are listed in `metrics.json`. Files that repeat lines of held-out
@@ -72,13 +68,7 @@ modules were left out. None of the text is part of this repository; the weights 
 
 def render(metrics: dict[str, Any]) -> str:
     """The card's text."""
-    stages = metrics["training"]
-    last = stages[-1]
-    stage_rows = [
-        f"| {number} | {s['minutes']:g} | {s['steps']:,} | {s['tokens_seen'] / 1e9:.2f} B "
-        f"| {s['lr']:g} | {s['n_names']:,} |"
-        for number, s in enumerate(stages, start=1)
-    ]
+    training = metrics["training"]
     text_rows = [
         f"| {name} | {m['bits_per_byte']:.3f} | {m['nats_per_token']:.3f} | {m['n_tokens']:,} |"
         for name, m in metrics["text"].items()
@@ -89,13 +79,12 @@ def render(metrics: dict[str, Any]) -> str:
         for name, m in metrics["tasks"].items()
     ]
     return _CARD.format(
-        **last,
-        first_n_recall_sentences=stages[0]["n_recall_sentences"],
-        rest=last["context"] - 1,
-        millions=last["n_parameters"] / 1e6,
-        n_packages=len(last["packages"]),
+        **training,
+        rest=training["context"] - 1,
+        millions=training["n_parameters"] / 1e6,
+        billions=training["tokens_seen"] / 1e9,
+        n_packages=len(training["packages"]),
         python=metrics["python"],
-        stage_rows="\n".join(stage_rows),
         text_rows="\n".join(text_rows),
         task_rows="\n".join(task_rows),
     )

@@ -76,7 +76,7 @@ def training_sentences(n: int, prose: list[Document], source: list[Document]) ->
     """About `n` task sentences, all of the train split, mixed by a hash of their text.
 
     Fifty arguments can be learned by heart, and then the task is not; so the arguments are all
-    common words of the source, without the test words. (For names see `Windows.batch`.) Templates
+    common words of the source, without the test words. (For names see `Windows`.) Templates
     can be, too, so every second ioi sentence is disturbed.
     """
     words: dict[Task, list[str]] = {"docstring": _arguments(source)}

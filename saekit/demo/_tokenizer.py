@@ -53,11 +53,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return _with_special_tokens_as_text(tokenizer)
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer that `save_tokenizer` wrote."""
-    return _with_special_tokens_as_text(Tokenizer.from_file(str(folder / "tokenizer.json")))
-
-
 def pack(tokenizer: Tokenizer, texts: Iterable[str]) -> NDArray[np.int32]:
     """One stream of ids: `<bos>` before each text, nothing else between them."""
     chunks: list[str] = []

@@ -1,16 +1,30 @@
+import errno
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from PIL import Image
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    ViTConfig,
+    ViTModel,
+)
 
 from saekit import ActivationCache, HarvestConfig, harvest
 from saekit.activations_cache import shards
-from saekit.activations_cache.manifest import Manifest, Shard
+from saekit.activations_cache.job import Job, load_model
+from saekit.activations_cache.manifest import Manifest
 from saekit.activations_cache.model import LanguageModel
+from saekit.activations_cache.model_module import ModuleModel, module_batches
+from saekit.activations_cache.storage import storage
 from saekit.errors import CacheError, ConfigError, CorpusError, ModelError, SaekitError
 from saekit.files import file_sha256
 
@@ -65,19 +79,18 @@ def test_a_harvest_killed_anywhere_ends_in_the_same_files(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     real = shards.write
-    calls = iter(range(100))
 
-    def dying_write(folder: Path, *args: object) -> Shard:
-        if next(calls) == die_at:
-            folder.mkdir(exist_ok=True)
+    def dying_write(folder: object, name: str, *args: object) -> str:
+        if name == f"shard-{die_at:05d}.safetensors":
             # What a kill leaves behind: part of a file, under the name of one that is not whole.
-            (folder / ".shard.safetensors.xyz.partial").write_bytes(b"half")
+            (tmp_path / "c" / ".shard.safetensors.xyz.partial").write_bytes(b"half")
             raise KeyboardInterrupt
-        return real(folder, *args)  # type: ignore[arg-type]
+        return real(folder, name, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(shards, "write", dying_write)
     with pytest.raises(KeyboardInterrupt):
         harvest(tiny_config, tmp_path / "c")
+    monkeypatch.undo()
     with pytest.raises(CacheError, match="not complete" if die_at else "is no activation cache"):
         ActivationCache.open(tmp_path / "c")
     resumed = harvest(tiny_config, tmp_path / "c")
@@ -103,8 +116,9 @@ def test_gradients_are_kept_in_the_same_rows(
     model = LanguageModel.load(str(tiny_lm))
     for window in cache.windows("all"):
         stop = window.start + len(window.tokens)
-        length = torch.tensor([len(window.tokens)])
-        _, grads = model.capture_with_gradients(window.tokens[None], length, hooks)
+        scored = torch.arange(len(window.tokens))[None] < len(window.tokens) - 1
+        inputs = {"input_ids": window.tokens[None]}
+        _, grads = model.capture_with_gradients(inputs, scored, hooks)
         for hook in hooks:
             stored = cache.row_slice(f"{hook}.grad", window.start, stop)
             torch.testing.assert_close(stored, grads[hook][0], rtol=2**-7, atol=1e-4)
@@ -174,39 +188,238 @@ def test_an_empty_corpus_is_refused(tmp_path: Path, tiny_config: HarvestConfig) 
     assert not (tmp_path / "c").exists()
 
 
-def test_activations_that_are_not_finite_are_refused_by_hook(
-    tmp_path: Path, tiny_config: HarvestConfig, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def overflowing(monkeypatch: pytest.MonkeyPatch, tiny_cache: ActivationCache) -> int:
+    """The one token on which the model goes beyond 65,504, where float16 ends."""
+    token = int(next(tiny_cache.windows("all")).tokens[5])
+    real = LanguageModel.visit
+
+    def huge(self: LanguageModel, inputs: Any, names: Any, see: Any) -> None:
+        scale = torch.where(inputs["input_ids"] == token, 1e9, 1.0)[..., None]
+        real(self, inputs, names, lambda name, x: see(name, x * scale))
+
+    monkeypatch.setattr(LanguageModel, "visit", huge)
+    return token
+
+
+def test_activations_that_are_not_finite_are_refused_by_hook_and_token(
+    tmp_path: Path, tiny_config: HarvestConfig, overflowing: int
 ) -> None:
-    """float16 ends at 65,504, and real models go beyond it."""
-    real = LanguageModel.capture
-
-    def huge(self: object, *args: object) -> dict[str, torch.Tensor]:
-        return {name: x * 1e9 for name, x in real(self, *args).items()}  # type: ignore[arg-type]
-
-    monkeypatch.setattr(LanguageModel, "capture", huge)
-    with pytest.raises(CacheError, match=r"'resid_post\.0' are not finite"):
+    with pytest.raises(
+        CacheError, match=rf"not finite as float16, here 'resid_post\.0' at token {overflowing} "
+    ):
         harvest(replace(tiny_config, dtype="float16"), tmp_path / "c")
+    assert not (tmp_path / "c" / "shard-00000.safetensors").exists()
+
+
+def test_rows_that_are_not_finite_are_never_read(
+    tmp_path: Path, tiny_config: HarvestConfig, overflowing: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = replace(tiny_config, dtype="float16", max_nonfinite=900)
+    cache = harvest(cfg, tmp_path / "c")
+    tokens = torch.cat([w.tokens for w in cache.windows("all")])
+    n_bad = int((tokens == overflowing).sum())
+    assert n_bad > 0
+    assert "rows so far are not finite" in caplog.text
+    assert cache.manifest.marked["nonfinite"] == n_bad
+    kept = cache.indices("all", ())
+    assert set(kept.tolist()) == set((tokens != overflowing).nonzero().flatten().tolist())
+    assert cache.rows("resid_post.0", kept).isfinite().all()
+    assert cache.stats("resid_post.0").mean.isfinite().all()
+
+
+def test_statistics_are_those_of_a_plain_loop(tiny_cache: ActivationCache, tiny_lm: Path) -> None:
+    model = LanguageModel.load(str(tiny_lm))
+    rows = []
+    for window in tiny_cache.windows("all"):
+        acts = model.capture({"input_ids": window.tokens[None]}, ["mlp_out.1"])["mlp_out.1"][0]
+        rows += [row.double() for row in acts[1:]]
+    x = torch.stack(rows)
+    stats = tiny_cache.stats("mlp_out.1")
+    assert stats.n == len(x)
+    torch.testing.assert_close(stats.mean, x.mean(0), rtol=1e-5, atol=1e-6)
+    assert stats.mean_norm == pytest.approx(float(x.norm(dim=1).mean()), rel=1e-5)
+    trace = float((x - x.mean(0)).square().sum(1).mean())
+    assert stats.covariance_trace == pytest.approx(trace, rel=1e-5)
+
+
+def test_sinks_are_rows_far_above_the_median_of_their_window(
+    tmp_path: Path, tiny_config: HarvestConfig, tiny_cache: ActivationCache
+) -> None:
+    cache = harvest(replace(tiny_config, sink_factor=1.2, dtype="float32"), tmp_path / "c")
+    expected = []
+    for window in cache.windows("all"):
+        stop = window.start + len(window.tokens)
+        found = torch.zeros(len(window.tokens), dtype=torch.bool)
+        for hook in cache.hooks:
+            norms = cache.row_slice(hook, window.start, stop).norm(dim=1)
+            found |= norms > 1.2 * torch.tensor(np.median(norms.numpy()))
+        expected += found.tolist()
+    assert 0 < sum(expected) < len(expected)
+    kept = torch.zeros(cache.n_rows, dtype=torch.bool)
+    kept[cache.indices("all", ("sink",))] = True
+    assert (~kept).tolist() == expected
+    assert cache.manifest.marked["sink"] == sum(expected)
+
+
+def test_padding_is_counted(tiny_cache: ActivationCache) -> None:
+    lengths = [len(window.tokens) for window in tiny_cache.windows("all")]
+    rows = [lengths[i : i + 4] for i in range(0, len(lengths), 4)]
+    assert tiny_cache.manifest.n_padding == sum(len(r) * max(r) - sum(r) for r in rows)
+
+
+def test_int8_rows_are_near_and_their_error_is_reported(
+    tmp_path: Path, tiny_config: HarvestConfig
+) -> None:
+    exact = harvest(replace(tiny_config, dtype="float32"), tmp_path / "exact")
+    small = harvest(replace(tiny_config, dtype="int8"), tmp_path / "small")
+    for hook in exact.hooks:
+        x, near = (c.row_slice(hook, 0, c.n_rows) for c in (exact, small))
+        step = x.abs().amax(1, keepdim=True) / 127
+        assert ((x - near).abs() <= 0.5001 * step + 1e-9).all()
+        kept = exact.indices("all")
+        lost = (x - near)[kept].double().square().sum()
+        variance = (x[kept] - x[kept].mean(0)).double().square().sum()
+        stats = small.stats(hook)
+        assert stats.rounding_error == pytest.approx(float(lost / variance), rel=1e-4)
+        assert exact.stats(hook).rounding_error is None
+
+
+def test_any_shard_can_be_made_again_by_itself(
+    tmp_path: Path, tiny_cache: ActivationCache, tiny_config: HarvestConfig
+) -> None:
+    harvest(tiny_config, tmp_path / "c")
+    folder = storage(tmp_path / "c")
+    job = Job(tiny_config, load_model(tiny_config))
+    for number, shard in reversed(list(enumerate(tiny_cache.manifest.shards))):
+        before = (tmp_path / "c" / shard.file).read_bytes()
+        (tmp_path / "c" / shard.file).write_bytes(b"gone")
+        job.remake(folder, Manifest.load(folder), number)
+        assert (tmp_path / "c" / shard.file).read_bytes() == before
+
+
+def test_a_shard_that_comes_out_otherwise_is_not_written(
+    tmp_path: Path, tiny_config: HarvestConfig, corpus_file: Path
+) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_bytes(corpus_file.read_bytes())
+    cfg = replace(tiny_config, dataset=str(text))
+    harvest(cfg, tmp_path / "c")
+    text.write_text(text.read_text().replace("cat", "dog"))
+    (tmp_path / "c" / "shard-00001.safetensors").write_bytes(b"damaged")
+    folder = storage(tmp_path / "c")
+    with pytest.raises(CacheError, match="made again, is not what it was"):
+        Job(cfg, load_model(cfg)).remake(folder, Manifest.load(folder), 1)
+    assert (tmp_path / "c" / "shard-00001.safetensors").read_bytes() == b"damaged"
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_harvest_the_same_rows_together(
+    ranks: int, tmp_path: Path, tiny_cache: ActivationCache, tiny_config: HarvestConfig
+) -> None:
+    for rank in reversed(range(1, ranks)):
+        harvest(tiny_config, tmp_path / "c", rank=rank, ranks=ranks)
+        with pytest.raises(CacheError, match="is no activation cache"):
+            ActivationCache.open(tmp_path / "c")
+    cache = harvest(tiny_config, tmp_path / "c", rank=0, ranks=ranks)
+    assert cache.n_rows == tiny_cache.n_rows
+    assert sorted(cache.documents) == sorted(tiny_cache.documents)
+
+    def rows(held: ActivationCache) -> dict[tuple[str, int], list[list[float]]]:
+        found: dict[tuple[str, int], list[list[float]]] = {}
+        for window in held.windows("all"):
+            name = held.documents[window.document]
+            stop = window.start + len(window.tokens)
+            x = held.row_slice("mlp_out.1", window.start, stop).tolist()
+            found.setdefault((name, 0), []).extend(x)
+        return found
+
+    one, together = rows(tiny_cache), rows(cache)
+    assert one.keys() == together.keys()
+    for key, x in one.items():
+        torch.testing.assert_close(
+            torch.tensor(together[key]), torch.tensor(x), rtol=2**-7, atol=1e-3
+        )
+    stats = cache.stats("mlp_out.1"), tiny_cache.stats("mlp_out.1")
+    assert stats[0].n == stats[1].n
+    torch.testing.assert_close(stats[0].mean, stats[1].mean, rtol=1e-5, atol=1e-6)
+    again = harvest(tiny_config, tmp_path / "c", rank=0, ranks=ranks)
+    assert again.fingerprint == cache.fingerprint
+
+
+def test_packed_windows_give_the_rows_of_windows_alone(
+    tmp_path: Path, tiny_cache: ActivationCache, tiny_config: HarvestConfig
+) -> None:
+    packed = harvest(replace(tiny_config, layout="pack"), tmp_path / "c")
+    assert packed.manifest.n_padding < tiny_cache.manifest.n_padding
+    for ours, theirs in zip(packed.windows("all"), tiny_cache.windows("all"), strict=True):
+        assert torch.equal(ours.tokens, theirs.tokens)
+    x, y = (c.row_slice("resid_post.0", 0, 900) for c in (packed, tiny_cache))
+    torch.testing.assert_close(x, y, rtol=2**-7, atol=1e-3)
+
+
+def test_a_remote_store_holds_the_same_files(
+    tiny_cache: ActivationCache,
+    tiny_config: HarvestConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SAEKIT_CACHE_DIR", str(tmp_path / "fetched"))
+    cache = harvest(tiny_config, "memory://harvest/c")
+    assert cache.fingerprint == tiny_cache.fingerprint
+    assert (
+        ActivationCache.open("memory://harvest/c")
+        .row_slice("attn_z.1", 0, 900)
+        .equal(tiny_cache.row_slice("attn_z.1", 0, 900))
+    )
+
+
+def test_a_harvest_into_a_locked_folder_is_refused(
+    tmp_path: Path, tiny_config: HarvestConfig
+) -> None:
+    with storage(tmp_path / "c").lock(), pytest.raises(CacheError, match="is being written by"):
+        harvest(tiny_config, tmp_path / "c")
+    assert harvest(tiny_config, tmp_path / "c").n_rows == 900
+
+
+def test_a_batch_beyond_the_memory_is_refused(tmp_path: Path, tiny_config: HarvestConfig) -> None:
+    with pytest.raises(ConfigError, match=r"memory_mib=0\.015 is too little: a batch of 96 tokens"):
+        harvest(replace(tiny_config, memory_mib=0.015, shard_mib=0.001), tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_module_path_is_a_hook_point(
+    tmp_path: Path, tiny_config: HarvestConfig, tiny_cache: ActivationCache
+) -> None:
+    hooks = ("transformer.h.0", "transformer.h.1.mlp.c_fc:input")
+    cache = harvest(replace(tiny_config, hooks=hooks), tmp_path / "c")
+    assert cache.hooks == dict.fromkeys(hooks, 16)
+    ours = cache.row_slice("transformer.h.0", 0, 900)
+    assert ours.equal(tiny_cache.row_slice("resid_post.0", 0, 900))
 
 
 def test_a_full_disk_keeps_what_was_complete(
     tmp_path: Path, tiny_config: HarvestConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The error that safetensors gave on a small tmpfs, raised for the second shard."""
-    calls = iter(range(100))
+    """The system's error, from the place where a shard's bytes are written."""
+    real = shards._bytes
+    written = iter(range(1000))
 
-    def save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-        if next(calls) == 1:
-            raise SafetensorError("I/O error: No space left on device (os error 28)")
-        save_file(tensors, path, metadata)
+    def full(tensor: torch.Tensor) -> memoryview:
+        # Two buffers, so two shards at once: the first has seven columns, the second is cut short.
+        if next(written) == 9:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(tensor)
 
-    monkeypatch.setattr(shards, "save_file", save)
-    with pytest.raises(SaekitError, match="no space left while writing .*shard-00001"):
-        harvest(tiny_config, tmp_path / "c")
-    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == [
-        "manifest.json",
-        "shard-00000.safetensors",
-    ]
-    assert Manifest.load(tmp_path / "c").shards[0].file == "shard-00000.safetensors"
+    monkeypatch.setattr(shards, "_bytes", full)
+    cfg = replace(tiny_config, memory_mib=0.09)
+    with pytest.raises(SaekitError, match=r"no space left while writing .*shard-00001"):
+        harvest(cfg, tmp_path / "c")
+    visible = sorted(p.name for p in (tmp_path / "c").iterdir() if not p.name.startswith("."))
+    assert visible == ["manifest.json", "shard-00000.safetensors"]
+    monkeypatch.undo()
+    assert Manifest.load(storage(tmp_path / "c")).n_rows > 0
+    assert harvest(cfg, tmp_path / "c").n_rows == 900
 
 
 def test_a_context_longer_than_the_models_is_refused(
@@ -214,3 +427,93 @@ def test_a_context_longer_than_the_models_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match="context=33 exceeds"):
         harvest(replace(tiny_config, context=33), tmp_path / "c")
+
+
+def test_any_module_can_be_harvested(tmp_path: Path, tiny_config: HarvestConfig) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2))
+    passes = torch.randn(7, 6, 3, generator=torch.Generator().manual_seed(0))
+    cfg = replace(
+        tiny_config,
+        model="net",
+        dataset="noise",
+        hooks=("0", "2:input"),
+        batch_size=6,
+        context=None,
+    )
+    cfg = replace(cfg, shard_mib=0.0005, memory_mib=0.1, dtype="float32")
+    model = ModuleModel(net, "net", example={"input": passes[0]})
+    cache = harvest(
+        cfg,
+        tmp_path / "c",
+        model=model,
+        data=module_batches(lambda: ({"input": x} for x in passes)),
+    )
+    assert len(cache.manifest.shards) > 1
+    expected = net[0](passes.flatten(0, 1))
+    torch.testing.assert_close(cache.row_slice("0", 0, 42), expected)
+    torch.testing.assert_close(cache.row_slice("2:input", 0, 42), expected.relu())
+    assert cache.documents[13] == "input/2/1"
+
+
+def test_a_vision_model_can_be_harvested(tmp_path: Path, tiny_config: HarvestConfig) -> None:
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        image_size=32,
+        patch_size=16,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        ViTModel(config).save_pretrained(tmp_path / "vit")
+    pixels = np.random.default_rng(0).integers(0, 255, (6, 40, 40, 3), dtype=np.uint8)
+    (tmp_path / "pictures").mkdir()
+    for number, picture in enumerate(pixels):
+        Image.fromarray(picture).save(tmp_path / "pictures" / f"{number}.png")
+    cfg = replace(
+        tiny_config,
+        model=str(tmp_path / "vit"),
+        dataset=str(tmp_path / "pictures"),
+        hooks=("resid_post.1", "attn_out.0"),
+        context=None,
+    )
+    cache = harvest(cfg, tmp_path / "c")
+    assert cache.n_rows == 6 * 5, "a class token and four patches each"
+    assert cache.documents == [f"{number}.png" for number in range(6)]
+    assert cache.manifest.marked["special"] == 6
+    with pytest.raises(ConfigError, match="gradient"):
+        harvest(replace(cfg, gradients=True), tmp_path / "g")
+
+
+def test_an_encoder_can_be_harvested(
+    tmp_path: Path, tiny_config: HarvestConfig, tiny_lm: Path, texts: list[str]
+) -> None:
+    folder = tmp_path / "bert"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_lm)
+    tokenizer.add_special_tokens({"cls_token": "[CLS]", "sep_token": "[SEP]"})
+    tokenizer.save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=32,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BertModel(config).save_pretrained(folder)
+    cfg = replace(tiny_config, model=str(folder), hooks=("resid_post.1",))
+    cache = harvest(cfg, tmp_path / "c")
+    model = AutoModel.from_pretrained(folder)
+    for window in islice(cache.windows("all"), 10):
+        ids = window.tokens
+        assert ids[0] == tokenizer.cls_token_id
+        assert ids[-1] == tokenizer.sep_token_id
+        with torch.no_grad():
+            expected = model(ids[None]).last_hidden_state[0]
+        stored = cache.row_slice("resid_post.1", window.start, window.start + len(ids))
+        torch.testing.assert_close(stored, expected, rtol=2**-7, atol=2e-2)

@@ -89,9 +89,8 @@ def test_held_out_tasks_come_out_as_the_card_says(lm: LanguageModel, task: Task)
     assert card > 0.8
 
 
-@pytest.mark.xfail(strict=True, reason="not reached yet: docs/log.md says what was tried")
 def test_the_indirect_object_is_preferred_in_held_out_sentences(lm: LanguageModel) -> None:
-    assert task_metrics(lm, "ioi", 200)["share_preferred"] >= 0.9
+    assert task_metrics(lm, "ioi", 200)["share_preferred"] >= 0.95
 
 
 def test_the_card_is_what_the_metrics_make() -> None:

@@ -115,12 +115,16 @@ def test_excluded_rows_alter_no_number(
     before = core(random_sae, tiny_cache)
     kept = torch.zeros(tiny_cache.n_rows, dtype=torch.bool)
     kept[tiny_cache.indices("all")] = True
-    read = ActivationCache.rows
+    read, read_slice = ActivationCache.rows, ActivationCache.row_slice
 
     def spoilt(self: ActivationCache, hook: str, index: torch.Tensor) -> torch.Tensor:
         return read(self, hook, index).where(kept[index][:, None], torch.nan)
 
+    def spoilt_slice(self: ActivationCache, hook: str, start: int, stop: int) -> torch.Tensor:
+        return read_slice(self, hook, start, stop).where(kept[start:stop][:, None], torch.nan)
+
     monkeypatch.setattr(ActivationCache, "rows", spoilt)
+    monkeypatch.setattr(ActivationCache, "row_slice", spoilt_slice)
     assert not kept.all()
     assert core(random_sae, tiny_cache).metrics == before.metrics
 
@@ -136,10 +140,8 @@ def test_a_mask_that_keeps_the_special_tokens_gives_other_numbers(
 def test_activations_that_the_model_does_not_give_are_refused(
     random_sae: SAE, tiny_cache: ActivationCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = ActivationCache.rows
-    monkeypatch.setattr(
-        ActivationCache, "rows", lambda self, hook, index: 1.1 * read(self, hook, index)
-    )
+    read = ActivationCache.row_slice
+    monkeypatch.setattr(ActivationCache, "row_slice", lambda *where: 1.1 * read(*where))
     with pytest.raises(CacheError, match="now gives other activations at 'resid_post.0'"):
         core(random_sae, tiny_cache)
 

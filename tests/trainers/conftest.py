@@ -1,15 +1,13 @@
 """A planted dictionary: activations of which the right answer is known."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
 from saekit import ActivationCache
 from saekit.activations_cache import shards
-from saekit.activations_cache.manifest import Manifest
-from saekit.activations_cache.shards import ActivationBatch
+from saekit.activations_cache.manifest import Manifest, Shard
+from saekit.activations_cache.storage import storage
 from saekit.trainers import _kinds
 
 D_IN, N_FEATURES, ACTIVE, N_ROWS = 32, 48, 3, 20_000
@@ -35,22 +33,24 @@ def planted(tmp_path_factory: pytest.TempPathFactory, directions: Tensor) -> Act
     which = torch.rand(N_ROWS, N_FEATURES, generator=g).topk(ACTIVE, dim=1).indices
     strength = 1 + torch.rand(N_ROWS, ACTIVE, generator=g)
     x = (strength[..., None] * directions[which]).sum(1) + torch.linspace(-1, 1, D_IN)
-    folder: Path = tmp_path_factory.mktemp("planted")
     column = torch.zeros(N_ROWS, dtype=torch.int32)
-    batch = ActivationBatch(
-        acts={"resid_post.0": x},
-        token=column,
-        document=column.clone(),
-        position=torch.arange(N_ROWS, dtype=torch.int32),
-        mask=column.to(torch.uint8),
-    )
-    shard = shards.write(folder, 0, batch, ["planted"])
+    columns = {
+        "resid_post.0": x,
+        "token": column,
+        "document": column,
+        "position": torch.arange(N_ROWS, dtype=torch.int32),
+        "mask": column.to(torch.uint8),
+    }
+    place = storage(tmp_path_factory.mktemp("planted"))
+    checksum = shards.write(place, "shard-00000.safetensors", columns, ["planted"])
+    shard = Shard(file="shard-00000.safetensors", rows=N_ROWS, checksum=checksum, n_documents=1)
     Manifest(
         config={"holdout": 0.0, "dtype": "float32", "gradients": False},
         model="planted",
         model_fingerprint="planted",
+        tokenizer_fingerprint=None,
         hooks={"resid_post.0": D_IN},
         shards=(shard,),
         complete=True,
-    ).save(folder)
-    return ActivationCache.open(folder)
+    ).save(place)
+    return ActivationCache.open(place.url)

@@ -12,7 +12,7 @@ from torch import Tensor
 from saekit import ActivationCache, checkpoint, train
 from saekit.config import TrainConfig
 from saekit.errors import ConfigError, SaekitError
-from saekit.trainers import _kinds
+from saekit.trainers import _kinds, _loop
 from saekit.trainers._base import Trainer, fold_input_scale
 from saekit.trainers._log import FILE as LOG
 
@@ -116,17 +116,17 @@ def test_a_run_killed_anywhere_and_resumed_equals_the_uninterrupted_one(
 ) -> None:
     """Killed after 10 (before any checkpoint), 40 (right behind one) and 133 of 200 steps."""
     whole = train(config(any_kind), planted, out=tmp_path / "whole")
-    batches = ActivationCache.batches
+    batches = _loop._Run._batches
 
-    def some(self: ActivationCache, *args: Any, start: int, **options: Any) -> Iterator[Tensor]:
-        for number, x in enumerate(batches(self, *args, start=start, **options)):
+    def some(self: _loop._Run, start: int) -> Iterator[Tensor]:
+        for number, x in enumerate(batches(self, start)):
             # The sample for the initial values is read before training begins.
             if number == after and (tmp_path / "killed" / LOG).exists():
                 raise Killed
             yield x
 
     with monkeypatch.context() as patch:
-        patch.setattr(ActivationCache, "batches", some)
+        patch.setattr(_loop._Run, "_batches", some)
         with pytest.raises(Killed):
             train(config(any_kind), planted, out=tmp_path / "killed")
     with pytest.raises(SaekitError, match="holds no finished SAE"):
@@ -142,7 +142,7 @@ def test_a_finished_run_is_read_back_not_trained_again(
     any_kind: str, planted: ActivationCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = train(config(any_kind), planted, out=tmp_path / "run")
-    monkeypatch.delattr(ActivationCache, "batches")
+    monkeypatch.delattr(_loop._Run, "_batches")
     assert train(config(any_kind), planted, out=tmp_path / "run").W_dec.equal(first.W_dec)
 
 

@@ -1,0 +1,306 @@
+"""Batches of a cache's rows: shuffled, prepared ahead of time, and going on where they stopped.
+
+Axes: row (of the whole cache), batch (rows), d.
+"""
+
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Int, Shaped
+from torch import Tensor
+
+from saekit.activations_cache.store import ActivationCache, Split
+from saekit.config import differences
+from saekit.errors import ConfigError
+
+Shuffle = Literal["rows", "blocks", "none"]
+Batch = dict[str, Shaped[Tensor, "batch ..."]]
+
+CHUNK = 65_536
+"""Rows that stay together, in stored order, where blocks are shuffled."""
+
+
+class Reader:
+    """An iterator over batches of several columns, whose rows belong together.
+
+    Columns are hook points, their gradients (`<hook>.grad`), and what each row is (`token`,
+    `document`, `position`, `mask`, of a shuffled cache `source`). Every row of the split comes once
+    an epoch, in an order set by (seed, epoch):
+
+    - "rows": any order is as likely as any other. What there is by default, unless the cache was
+      shuffled on disk. Each row is sought out alone.
+    - "blocks": the rows that are kept, in stored order, are cut into chunks of `CHUNK`, and the
+      chunks are shuffled. Files are read in long runs, so this is quick on any disk; it is the
+      default for a cache that was shuffled, and no substitute for that.
+    - "none": stored order.
+
+    Of n rows, each of several ranks gets n // ranks, no two the same; the few that remain are left
+    out (others each epoch, unless the order is "none"). A batch never crosses into the next epoch.
+    """
+
+    def __init__(
+        self,
+        cache: ActivationCache,
+        columns: Collection[str],
+        batch_size: int,
+        *,
+        seed: int = 0,
+        split: Split = "train",
+        exclude: Collection[str] = ("special",),
+        shuffle: Shuffle | None = None,
+        rank: int = 0,
+        ranks: int = 1,
+        epochs: int | None = 1,
+        drop_last: bool = False,
+        start: int = 0,
+        state: Mapping[str, Any] | None = None,
+        dtype: torch.dtype | None = torch.float32,
+        device: str | torch.device = "cpu",
+        prefetch: int = 2,
+    ) -> None:
+        """`epochs=None` goes on for ever; `drop_last` leaves out an epoch's last batch where it is
+        not full; `start` is how many batches to pass over, at no cost, and `state` what another
+        reader's `state()` gave. `dtype=None` gives activations as they are stored. `prefetch` is
+        how many batches a thread holds ready; at 0 there is no thread.
+
+        Raises CacheError for a column that the cache does not hold, and ConfigError for options
+        that cannot work, and where the split holds no row, or with `drop_last` not one full batch.
+        """
+        if batch_size < 1 or prefetch < 0 or start < 0 or not 0 <= rank < ranks:
+            raise ConfigError(
+                f"batch_size={batch_size} must be at least 1, prefetch={prefetch} and "
+                f"start={start} at least 0, and rank={rank} must lie in 0..{ranks - 1}"
+            )
+        shuffle = shuffle or ("blocks" if cache.shuffled else "rows")
+        kind = _Rows if shuffle == "rows" else _Blocks
+        order = kind(cache, split, exclude, None if shuffle == "none" else seed)
+        self._rows = order.n // ranks
+        if self._rows < (batch_size if drop_last else 1):
+            raise ConfigError(
+                f"split '{split}' of {cache.url} has {self._rows:,} rows"
+                f"{' for each rank' if ranks > 1 else ''}: too few for a batch of "
+                f"{batch_size:,}. Harvest more tokens, or lower the batch size"
+            )
+        self._batch_size, self._epochs, self._drop_last = batch_size, epochs, drop_last
+        self._stream = {
+            "cache": cache.fingerprint,
+            "holdout": cache.manifest.config["holdout"],
+            "seed": seed,
+            "split": split,
+            "exclude": sorted(set(exclude)),
+            "shuffle": shuffle,
+            "chunk": CHUNK,
+            "rank": rank,
+            "ranks": ranks,
+        }
+        self._source = _Source(cache, tuple(columns), order, rank * self._rows, dtype, device)
+        self._prefetch = prefetch
+        self._pool: ThreadPoolExecutor | None = None
+        self._ahead: deque[tuple[tuple[int, int], Future[Batch]]] = deque()
+        """Behind which place the reader is with a batch, and the batch to come."""
+        epoch, number = divmod(start, self._batches_per_epoch)
+        self._go_to(epoch, number * batch_size)
+        if state is not None:
+            self.restore(state)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._prefetch == 0:
+            epoch, first, last = next(self._spans)
+            batch = self._source.batch(epoch, first, last)
+            self._at = epoch, last
+            return batch
+        self._fill()
+        if not self._ahead:
+            raise StopIteration
+        # Taken from the queue once it is there: an interrupt while waiting loses nothing.
+        at, future = self._ahead[0]
+        batch = future.result()
+        self._ahead.popleft()
+        self._at = at
+        self._fill()
+        return batch
+
+    def state(self) -> dict[str, Any]:
+        """Where the reader is, as JSON holds it: behind the last batch that it handed out.
+
+        It is counted in rows, so that a reader of another batch size, or of other columns of the
+        same rows, can go on from it.
+        """
+        epoch, row = self._at
+        return {"epoch": epoch, "row": row, **self._stream}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on where another reader of this stream was. Raises ConfigError for the state of
+        another stream."""
+        at = {"epoch": state.get("epoch"), "row": state.get("row")}
+        there = {key: value for key, value in state.items() if key not in at}
+        epoch, row = at.values()
+        if there != self._stream:
+            raise ConfigError(
+                f"the reader's state is of another stream ({differences(self._stream, there)}): "
+                "read the same rows in the same order, or begin anew without it"
+            )
+        if not (isinstance(epoch, int) and isinstance(row, int) and 0 <= row <= self._rows):
+            raise ConfigError(
+                f"the reader's state has epoch={epoch!r} and row={row!r}, and an epoch has "
+                f"{self._rows:,} rows: it was altered. Begin anew without it"
+            )
+        self._go_to(epoch, row)
+
+    def close(self) -> None:
+        """End the thread and let go of what it prepared. Reading on begins another."""
+        self._go_to(*self._at)
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def _batches_per_epoch(self) -> int:
+        rows, size = self._rows, self._batch_size
+        return rows // size if self._drop_last else -(-rows // size)
+
+    def _go_to(self, epoch: int, row: int) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+        self._pool = None
+        self._ahead.clear()
+        self._at = epoch, row
+        self._spans: Iterator[tuple[int, int, int]] = _spans(
+            epoch, row, self._rows, self._batch_size, self._epochs, self._drop_last
+        )
+
+    def _fill(self) -> None:
+        while len(self._ahead) < self._prefetch:
+            span = next(self._spans, None)
+            if span is None:
+                return
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(1, thread_name_prefix="saekit-reader")
+            # The thread knows the source, never the reader: so a reader that is dropped goes, and
+            # its thread with it.
+            self._ahead.append(((span[0], span[2]), self._pool.submit(self._source.batch, *span)))
+
+
+def _spans(
+    epoch: int, row: int, rows: int, size: int, epochs: int | None, drop_last: bool
+) -> Iterator[tuple[int, int, int]]:
+    """The batches from a row on: epoch, and first row and the row behind the last, by their places
+    in the epoch."""
+    while epochs is None or epoch < epochs:
+        while row < rows and not (drop_last and row + size > rows):
+            yield epoch, row, min(row + size, rows)
+            row += size
+        epoch, row = epoch + 1, 0
+
+
+class _Rows:
+    """Kept rows in an order in which each permutation is as likely as any other."""
+
+    def __init__(
+        self, cache: ActivationCache, split: Split, exclude: Collection[str], seed: int | None
+    ) -> None:
+        self._seed = seed
+        size = np.int32 if cache.n_rows < 2**31 else np.int64
+        self._index = cache.indices(split, exclude).numpy().astype(size)
+        self.n = len(self._index)
+        self._epoch, self._order = -1, self._index
+
+    def rows(self, epoch: int, start: int, stop: int) -> Int[Tensor, " batch"]:
+        if epoch != self._epoch:
+            # Let go of the last epoch's order before the next is made.
+            self._order = self._index
+            self._order = np.random.default_rng([self._seed or 0, epoch]).permutation(self._index)
+            self._epoch = epoch
+        return torch.from_numpy(self._order[start:stop].astype(np.int64))
+
+
+class _Blocks:
+    """Kept rows in chunks, each in stored order; the chunks shuffled, or without a seed not."""
+
+    def __init__(
+        self, cache: ActivationCache, split: Split, exclude: Collection[str], seed: int | None
+    ) -> None:
+        self._cache, self._exclude, self._seed = cache, exclude, seed
+        self._split: Split = split
+        self.n = 0
+        starts: list[int] = []
+        for first, stop in cache.shard_bounds:
+            kept = cache.kept(first, stop, split, exclude).nonzero().flatten() + first
+            # Those of them whose number among all kept rows is a multiple of the chunk.
+            starts += kept[-self.n % CHUNK :: CHUNK].tolist()
+            self.n += len(kept)
+        self._bounds = [*starts, cache.n_rows]
+        self._lengths = np.full(len(starts), CHUNK)
+        self._lengths[-1:] = self.n - CHUNK * (len(starts) - 1)
+        self._chunk: tuple[int, Tensor] = -1, torch.empty(0, dtype=torch.int64)
+
+    def rows(self, epoch: int, start: int, stop: int) -> Int[Tensor, " batch"]:
+        order = np.arange(len(self._lengths))
+        if self._seed is not None:
+            order = np.random.default_rng([self._seed, epoch]).permutation(order)
+        ends = self._lengths[order].cumsum()
+        parts = []
+        while start < stop:
+            place = int(np.searchsorted(ends, start, side="right"))
+            begin = int(ends[place] - self._lengths[order[place]])
+            end = min(stop, int(ends[place]))
+            parts.append(self._kept(int(order[place]))[start - begin : end - begin])
+            start = end
+        return torch.cat(parts)
+
+    def _kept(self, chunk: int) -> Int[Tensor, " row"]:
+        """The kept rows of a chunk; the last one is remembered, as several batches come of it."""
+        if self._chunk[0] != chunk:
+            first, stop = self._bounds[chunk], self._bounds[chunk + 1]
+            kept = self._cache.kept(first, stop, self._split, self._exclude)
+            self._chunk = chunk, kept.nonzero().flatten() + first
+        return self._chunk[1]
+
+
+class _Source:
+    """What a batch is made of; the reader's thread runs in it."""
+
+    def __init__(
+        self,
+        cache: ActivationCache,
+        columns: tuple[str, ...],
+        order: _Rows | _Blocks,
+        offset: int,
+        dtype: torch.dtype | None,
+        device: str | torch.device,
+    ) -> None:
+        self._cache, self._columns, self._order, self._offset = cache, columns, order, offset
+        self._dtype, self._device = dtype, torch.device(device)
+        for column in columns:
+            cache.take(column, torch.empty(0, dtype=torch.int64))
+
+    def batch(self, epoch: int, start: int, stop: int) -> Batch:
+        rows = self._order.rows(epoch, self._offset + start, self._offset + stop)
+        if self._device.type != "cuda":
+            return {
+                column: self._cache.take(column, rows, dtype=self._dtype).to(self._device)
+                for column in self._columns
+            }
+        # As stored over the bus, and made wider there; from pinned memory the copy needs no CPU.
+        batch = {}
+        for column in self._columns:
+            stored = self._cache.take(column, rows, dtype=None, pinned=True)
+            x = stored.to(self._device, non_blocking=True)
+            batch[column] = x.to(self._dtype) if x.ndim > 1 and self._dtype else x
+        return batch

@@ -1,0 +1,105 @@
+"""What commands share: flags and TOML files to arguments and configs, and tables on the terminal.
+
+The flags of a command are the fields of its arguments and of the config that they hold.
+"""
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, make_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import tyro
+
+from saekit.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from saekit.config import Config
+    from saekit.results import EvalResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """What a command takes. The docstring is its help, that under a field the flag's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigArgs(Args):
+    """What a command takes that holds a config, whose fields stand among its own flags."""
+
+    config: Any = None
+
+
+_T = TypeVar("_T", bound=Args)
+
+
+def parse(
+    args: type[_T],
+    argv: list[str],
+    command: str,
+    config: "type[Config] | None" = None,
+    given: dict[str, Any] | None = None,
+) -> _T:
+    """Flags to arguments, the fields of `config` among them.
+
+    `given` are values from a TOML file, for the arguments' own fields or the config's; flags
+    override them. Raises ConfigError for a key of the file that is neither.
+    """
+    given = given or {}
+    own = [f.name for f in fields(args) if f.name != "config"]
+    flags = [part for key in own if key in given for part in (f"--{key}", str(given[key]))]
+    if config is not None:
+        _refuse_unknown(given, [*own, *(f.name for f in fields(config))])
+        default = config.from_dict({key: given[key] for key in given if key not in own})
+        held = ("config", Annotated[config, tyro.conf.arg(name="")], field(default=default))
+        documented = {"__doc__": args.__doc__}
+        args = make_dataclass(
+            args.__name__, [held], bases=(args,), namespace=documented, frozen=True, kw_only=True
+        )
+    return tyro.cli(args, args=[*flags, *argv], prog=f"saekit {command}")
+
+
+def _refuse_unknown(given: dict[str, Any], known: list[str]) -> None:
+    for key in given:
+        if key not in known:
+            raise ConfigError(f"the TOML file has an unknown key '{key}'; {nearest(key, known)}")
+
+
+def toml(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Take a leading TOML file off the arguments; returns the rest and what the file says."""
+    if not argv or not argv[0].endswith(".toml"):
+        return argv, {}
+    from saekit.config import read_toml
+
+    return argv[1:], read_toml(Path(argv[0]))
+
+
+def choice(argv: list[str], command: str, what: str, known: list[str]) -> tuple[str, list[str]]:
+    """Take the leading word off the arguments, which must be one of `known`."""
+    if argv and not argv[0].startswith("-"):
+        return argv[0], argv[1:]
+    usage = (
+        f"usage: saekit {command} {what} [flags]; {what} is one of: {', '.join(known)}. `saekit "
+        f"{command} {known[0]} --help` lists the flags"
+    )
+    if argv and argv[0] in ("-h", "--help"):
+        print(usage)
+        sys.exit(0)
+    raise ConfigError(usage)
+
+
+def print_metrics(result: "EvalResult") -> None:
+    named = [(name, f"{metric.value:.4g}") for name, metric in result.metrics.items()]
+    print_table([result.eval, f"{result.split} split"], named)
+
+
+def print_table(headings: Iterable[str], rows: Iterable[tuple[object, ...]]) -> None:
+    """A table on standard output. Cells are shown as text, whatever signs they hold."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*headings)
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    Console().print(table)

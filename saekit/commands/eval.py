@@ -1,0 +1,80 @@
+"""Evaluate an SAE: saekit eval NAME --sae RUN"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from saekit.commands._shared import ConfigArgs, choice, parse, print_metrics, toml
+from saekit.errors import CacheError, ConfigError
+
+if TYPE_CHECKING:
+    from saekit.activations_cache.store import ActivationCache
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalArgs(ConfigArgs):
+    """Evaluate a sparse autoencoder on a cache, by default on documents that training never saw."""
+
+    sae: Path
+    """Folder of the SAE: a run."""
+    cache: str | None = None
+    """Activation cache, a folder or a URL. Where none is given, the one that the run was trained
+    on, or if that is shuffled the one that it was made from."""
+    hook: str | None = None
+    """Hook point, for an SAE that does not say which it was trained on."""
+    out: Path | None = None
+    """Folder for the result; `results` inside the SAE's folder where none is given."""
+
+
+def run(argv: list[str]) -> None:
+    from saekit.activations_cache.store import ActivationCache
+    from saekit.checkpoint import load
+    from saekit.evals import _kinds
+    from saekit.evals._base import evaluate
+    from saekit.results import RESULTS
+
+    name, argv = choice(argv, "eval", "NAME", _kinds.names())
+    argv, given = toml(argv)
+    config = _kinds.find(name).Config
+    args = parse(EvalArgs, argv, f"eval {name}", config, given)
+    sae = load(args.sae)
+    cache = _cache_of(args.sae) if args.cache is None else ActivationCache.open(args.cache)
+    out = args.out or args.sae / RESULTS
+    result = evaluate(name, sae, cache, hook=args.hook, config=args.config, out=out, progress=True)
+    print_metrics(result)
+    print(f"{out / name}.json\nNext: saekit report {args.sae}, or saekit dashboard {args.sae}")
+
+
+def _cache_of(sae: Path) -> "ActivationCache":
+    """The cache that a run was trained on, or the one that was shuffled to make it: evaluations
+    look at whole windows of text."""
+    from saekit.activations_cache.store import ActivationCache
+    from saekit.config import read_toml
+
+    path = sae / "config.toml"
+    if not path.exists():
+        raise ConfigError(f"{sae} does not say which cache it was trained on: give --cache CACHE")
+    cache = trained_on = ActivationCache.open(read_toml(path)["cache"])
+    while (record := cache.manifest.shuffle) is not None:
+        try:
+            source = ActivationCache.open(record.source)
+        except CacheError as error:
+            raise CacheError(
+                f"{cache.url} is shuffled, and the cache that it was made from, {record.source}, "
+                "cannot be opened: give it where it is now, with --cache CACHE"
+            ) from error
+        if source.fingerprint != record.source_fingerprint:
+            raise CacheError(
+                f"{record.source} is not the cache any more that {cache.url} was made from "
+                f"(fingerprint {source.fingerprint[:12]}, was {record.source_fingerprint[:12]}): "
+                "give the one to evaluate on, with --cache CACHE"
+            )
+        cache = source
+    if cache is not trained_on:
+        log.info(
+            "%s is shuffled: evaluating on %s, which it was made from", trained_on.url, cache.url
+        )
+    return cache
