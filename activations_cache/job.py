@@ -241,15 +241,8 @@ class Job:
         def write(number: int, rows: Rows) -> "_Written":
             sealed = rows.seal()
             name = f"shard-{number:05d}.safetensors"
-            shard = Shard(
-                file=name,
-                rows=rows.n,
-                checksum=shards.write(folder, name, sealed.columns, sealed.new_documents),
-                n_documents=len(sealed.new_documents),
-                rank=self.rank,
-                start=rows.start,
-            )
-            return _Written(shard, rows.end, sealed)
+            shard = shards.write(folder, name, sealed.columns, sealed.new_documents)
+            return _Written(replace(shard, rank=self.rank, start=rows.start), rows.end, sealed)
 
         def commit(written: _Written) -> None:
             nonlocal state

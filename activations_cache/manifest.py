@@ -34,6 +34,8 @@ class Shard:
     rows: int
     checksum: str
     """xxh3_128 of the file, in hex."""
+    index_checksum: str
+    """That of its header and of the columns that say what a row is, in the order of the file."""
     n_documents: int
     """Documents that first appear in it."""
     document_offset: int = 0

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import xxhash
@@ -38,6 +38,10 @@ COLUMNS: dict[str, torch.dtype] = {
     "mask": torch.uint8,
 }
 """The columns of every shard beside its hook points, each `[row]`."""
+SOURCE = "source"
+"""One more of a shuffled cache, int64: the row's number in the cache it was made from."""
+INDEX = (*COLUMNS, SOURCE)
+"""The columns that say what a row is."""
 
 _SAFETENSORS_NAMES = {
     torch.float32: "F32",
@@ -57,8 +61,8 @@ def write(
     new_documents: list[str],
     *,
     expected: str | None = None,
-) -> str:
-    """Write a shard, whole or not at all; returns its checksum.
+) -> Shard:
+    """Write a shard, whole or not at all; returns what the manifest is to say of it.
 
     Raises CacheError, and leaves what is there, where the checksum is not the expected one.
 
@@ -79,21 +83,30 @@ def write(
         at += tensor.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    digest = xxhash.xxh3_128()
+    digest, index_digest = xxhash.xxh3_128(), xxhash.xxh3_128()
     with folder.new_file(name) as path, path.open("wb") as file:
         for part in (len(text).to_bytes(8, "little"), text):
             digest.update(part)
+            index_digest.update(part)
             file.write(part)
         for column in order:
             content = _bytes(columns[column])
             digest.update(content)
+            if column in INDEX:
+                index_digest.update(content)
             file.write(content)
         if expected not in (None, digest.hexdigest()):
             raise CacheError(
                 f"{folder.url}/{name}, made again, is not what it was: the text, the machine or "
                 "the versions of its libraries have changed. Harvest into another --out"
             )
-    return digest.hexdigest()
+    return Shard(
+        file=name,
+        rows=len(columns["token"]),
+        checksum=digest.hexdigest(),
+        index_checksum=index_digest.hexdigest(),
+        n_documents=len(new_documents),
+    )
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -103,12 +116,16 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 class ShardReader:
-    """A shard on disk, memory-mapped. Its checksum is compared once, before anything is read from
-    it."""
+    """A shard on disk, memory-mapped.
+
+    Its checksum is compared once, before any activation is read from it; for what a row is, that of
+    those columns alone, so that choosing rows does not read the whole cache.
+    """
 
     def __init__(self, folder: Storage, shard: Shard) -> None:
         self._folder = folder
         self.shard = shard
+        self._compared: set[str] = set()
 
     @property
     def name(self) -> str:
@@ -116,6 +133,7 @@ class ShardReader:
 
     def column(self, name: str) -> Tensor:
         """A whole column, not copied: rows are read from disk when they are used."""
+        self._compare_once("index" if name in INDEX else "all")
         tensor: Tensor = self._file.get_tensor(name)
         return tensor
 
@@ -152,6 +170,7 @@ class ShardReader:
     @cached_property
     def new_documents(self) -> list[str]:
         """Names of the documents that first appear in it."""
+        self._compare_once("index")
         names: list[str] = json.loads(self._file.metadata()["documents"])
         return names
 
@@ -162,15 +181,37 @@ class ShardReader:
 
     @cached_property
     def _file(self) -> Any:
-        self.check()
         with self._refusing():
             return safe_open(self._path, framework="pt")
 
+    def _compare_once(self, part: Literal["index", "all"]) -> None:
+        if part not in self._compared:
+            if part == "index":
+                self._check_index()
+            else:
+                self.check()
+            self._compared.add(part)
+
+    def _check_index(self) -> None:
+        file = self._file  # Opening it checks that the header can be read at all.
+        begin, columns = self._header
+        digest = xxhash.xxh3_128()
+        with self._path.open("rb") as start:
+            digest.update(start.read(begin))
+        for name in sorted(columns, key=lambda name: columns[name]["data_offsets"]):
+            if name in INDEX:
+                digest.update(_bytes(file.get_tensor(name)))
+        if digest.hexdigest() != self.shard.index_checksum:
+            raise self._altered()
+
     @cached_property
     def _header(self) -> tuple[int, dict[str, Any]]:
+        """Its length, and what it says of each column."""
         with self._path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            return 8 + size, json.loads(file.read(size))
+            columns = json.loads(file.read(size))
+        columns.pop("__metadata__", None)
+        return 8 + size, columns
 
     def _offset(self, name: str) -> int:
         begin, columns = self._header
@@ -180,10 +221,13 @@ class ShardReader:
         """Raises CacheError where the file is missing or is not what was written."""
         with self._refusing():
             if file_checksum(self._path) != self.shard.checksum:
-                raise CacheError(
-                    f"{self.name} does not match its checksum in the manifest: the shard was cut "
-                    f"short or altered. `saekit verify {self._folder.url} --repair` makes it again"
-                )
+                raise self._altered()
+
+    def _altered(self) -> CacheError:
+        return CacheError(
+            f"{self.name} does not match its checksum in the manifest: the shard was cut short or "
+            f"altered. `saekit verify {self._folder.url} --repair` makes it again"
+        )
 
     @contextmanager
     def _refusing(self) -> Iterator[None]:

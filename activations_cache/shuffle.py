@@ -27,8 +27,9 @@ from torch import Tensor
 
 from saekit.activations_cache import manifest, shards
 from saekit.activations_cache.manifest import Manifest, Shard, Shuffle
+from saekit.activations_cache.shards import SOURCE
 from saekit.activations_cache.storage import LocalStorage, Storage, storage
-from saekit.activations_cache.store import SOURCE, ActivationCache
+from saekit.activations_cache.store import ActivationCache
 from saekit.config import differences
 from saekit.errors import ConfigError, SaekitError
 from saekit.files import full_disk_in_words, write_json
@@ -302,8 +303,7 @@ def _write_shard(
     # Rows of any document may lie in any shard: the first has all names.
     names = source.documents if pile == 0 else []
     columns = layout.unpack(packed, permutation(record, pile, len(packed)))
-    checksum = shards.write(folder, name, columns, names, expected=expected)
-    return Shard(file=name, rows=len(packed), checksum=checksum, n_documents=len(names))
+    return shards.write(folder, name, columns, names, expected=expected)
 
 
 def _n_piles(n_rows: int, row_bytes: int, shard_mib: float, memory_mib: float) -> int:

@@ -24,9 +24,6 @@ from saekit.errors import CacheError
 
 Split = Literal["train", "test", "all"]
 
-SOURCE = "source"
-"""The column of a shuffled cache that says which row of its source a row was."""
-
 _NEAR = 4
 """Rows that lie so near to each other are read in one go, with what lies between them."""
 
@@ -130,7 +127,7 @@ class ActivationCache:
         """All columns of a shard."""
         endings = ["", shards.SCALE] if self.dtype == "int8" else [""]
         endings += [shards.GRADIENT] if self.has_gradients else []
-        own = [*shards.COLUMNS, *([SOURCE] if self.shuffled else [])]
+        own = [*shards.COLUMNS, *([shards.SOURCE] if self.shuffled else [])]
         return [hook + ending for hook in self.hooks for ending in endings] + own
 
     @property
@@ -215,7 +212,7 @@ class ActivationCache:
         always as float32: scaled); `token`, `document`, `position`, `mask` and `source` `[batch]`
         in their own types. `pinned`: in memory that a GPU copies from on its own.
         """
-        narrow = column in shards.COLUMNS or (column == SOURCE and self.shuffled)
+        narrow = column in shards.COLUMNS or (column == shards.SOURCE and self.shuffled)
         tail = () if narrow else (self.width(column),)
         in_order = bool((index.diff() >= 0).all())
         order = None if in_order else index.argsort(stable=True)

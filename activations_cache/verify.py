@@ -13,8 +13,8 @@ from jaxtyping import UInt16
 from safetensors import safe_open
 
 from saekit.activations_cache import manifest, masks, shards, shuffle
-from saekit.activations_cache.shards import ShardReader
-from saekit.activations_cache.store import SOURCE, ActivationCache
+from saekit.activations_cache.shards import SOURCE, ShardReader
+from saekit.activations_cache.store import ActivationCache
 from saekit.errors import CacheError
 from saekit.progress import bar
 

@@ -3,6 +3,7 @@ made by hand."""
 
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from botocore.session import get_session
 from moto.server import ThreadedMotoServer
 
 from saekit.activations_cache import shards
-from saekit.activations_cache.manifest import Manifest, Shard
+from saekit.activations_cache.manifest import Manifest
 from saekit.activations_cache.masks import KINDS
 from saekit.activations_cache.stats import HookStats
 from saekit.activations_cache.storage import Storage, storage
@@ -98,15 +99,8 @@ def make_cache() -> Callable[..., ActivationCache]:
             if dtype == torch.int8:
                 columns["h"] = torch.full((n, 3), 2, dtype=dtype)
                 columns["h.scale"] = row / 2
-            checksum = shards.write(folder, f"shard-{number:05d}.safetensors", columns, new)
-            entry = Shard(
-                file=f"shard-{number:05d}.safetensors",
-                rows=n,
-                checksum=checksum,
-                n_documents=len(new),
-                document_offset=offset,
-            )
-            entries.append(entry)
+            entry = shards.write(folder, f"shard-{number:05d}.safetensors", columns, new)
+            entries.append(replace(entry, document_offset=offset))
             masks_seen.append(mask)
             first, n_documents = first + n, n_documents + len(new)
         mask = torch.cat(masks_seen)

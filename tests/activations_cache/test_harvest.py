@@ -21,7 +21,7 @@ from transformers import (
 from saekit import ActivationCache, HarvestConfig, harvest
 from saekit.activations_cache import shards
 from saekit.activations_cache.job import Job, load_model
-from saekit.activations_cache.manifest import Manifest
+from saekit.activations_cache.manifest import Manifest, Shard
 from saekit.activations_cache.model import LanguageModel
 from saekit.activations_cache.model_module import ModuleModel, module_batches
 from saekit.activations_cache.storage import storage
@@ -80,12 +80,12 @@ def test_a_harvest_killed_anywhere_ends_in_the_same_files(
 ) -> None:
     real = shards.write
 
-    def dying_write(folder: object, name: str, *args: object) -> str:
+    def dying_write(folder: Any, name: str, *args: Any) -> Shard:
         if name == f"shard-{die_at:05d}.safetensors":
             # What a kill leaves behind: part of a file, under the name of one that is not whole.
             (tmp_path / "c" / ".shard.safetensors.xyz.partial").write_bytes(b"half")
             raise KeyboardInterrupt
-        return real(folder, name, *args)  # type: ignore[arg-type]
+        return real(folder, name, *args)
 
     monkeypatch.setattr(shards, "write", dying_write)
     with pytest.raises(KeyboardInterrupt):

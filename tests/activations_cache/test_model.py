@@ -466,7 +466,9 @@ def test_a_model_that_is_not_there_is_refused() -> None:
 
 
 def test_an_unknown_backend_is_refused() -> None:
-    with pytest.raises(ConfigError, match="'jax' is unknown; there are: transformers, transformer_lens"):
+    with pytest.raises(
+        ConfigError, match="'jax' is unknown; there are: transformers, transformer_lens"
+    ):
         load("demo", backend="jax")
 
 

@@ -246,7 +246,7 @@ def test_what_goes_wrong_in_the_thread_reaches_the_caller(make_cache: Make, tmp_
     path = cache.path / cache.manifest.shards[2].file
     path.write_bytes(path.read_bytes()[:-1])
     for _ in range(2):
-        with pytest.raises(CacheError, match="does not match its checksum"):
+        with pytest.raises(CacheError, match="cannot be read"):
             next(some)
 
 

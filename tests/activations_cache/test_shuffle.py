@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from saekit import ActivationCache
 from saekit.activations_cache import shards, shuffle
-from saekit.activations_cache.manifest import Manifest
+from saekit.activations_cache.manifest import Manifest, Shard
 from saekit.activations_cache.shards import ShardReader
 from saekit.activations_cache.storage import storage
 from saekit.errors import CacheError, ConfigError, SaekitError
@@ -148,7 +148,7 @@ def test_what_is_dealt_or_written_already_is_not_read_again(
 ) -> None:
     write = shards.write
 
-    def fails(folder: Any, name: str, *args: Any, **options: Any) -> str:
+    def fails(folder: Any, name: str, *args: Any, **options: Any) -> Shard:
         if name.endswith("3.safetensors"):
             raise Killed
         return write(folder, name, *args, **options)

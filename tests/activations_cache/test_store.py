@@ -139,3 +139,23 @@ def test_an_unfinished_cache_is_refused_with_the_command_that_finishes_it(
     replace(cache.manifest, complete=False).save(storage(tmp_path))
     with pytest.raises(CacheError, match=r"not complete \(301 rows so far\).*saekit harvest"):
         ActivationCache.open(tmp_path)
+
+
+@pytest.mark.parametrize(("column", "chooses"), [("h", True), ("mask", False), ("document", False)])
+def test_choosing_rows_compares_what_they_are_and_reading_them_the_rest(
+    column: str, chooses: bool, make_cache: Make, tmp_path: Path
+) -> None:
+    cache = make_cache(tmp_path / "c")
+    path = tmp_path / "c" / "shard-00000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[cache.readers[0]._offset(column)] ^= 1
+    path.write_bytes(content)
+    damaged = ActivationCache.open(tmp_path / "c")
+    if chooses:
+        index = damaged.indices("all")
+    else:
+        with pytest.raises(CacheError, match=r"shard-00000\.safetensors does not match"):
+            damaged.indices("all")
+        index = torch.arange(10)
+    with pytest.raises(CacheError, match=r"shard-00000\.safetensors does not match"):
+        damaged.rows("h", index)

@@ -50,7 +50,7 @@ def rewritten(
     columns = {name: reader.column(name).clone() for name in cache.columns}
     names = reader.new_documents
     change(columns)
-    shard = replace(shard, checksum=shards.write(cache.folder, shard.file, columns, names))
+    shard = shards.write(cache.folder, shard.file, columns, names)
     held = list(cache.manifest.shards)
     held[number] = shard
     replace(cache.manifest, shards=tuple(held)).save(cache.folder)

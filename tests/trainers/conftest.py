@@ -6,7 +6,7 @@ from torch import Tensor
 
 from saekit import ActivationCache
 from saekit.activations_cache import shards
-from saekit.activations_cache.manifest import Manifest, Shard
+from saekit.activations_cache.manifest import Manifest
 from saekit.activations_cache.storage import storage
 from saekit.trainers import _kinds
 
@@ -42,8 +42,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory, directions: Tensor) -> Act
         "mask": column.to(torch.uint8),
     }
     place = storage(tmp_path_factory.mktemp("planted"))
-    checksum = shards.write(place, "shard-00000.safetensors", columns, ["planted"])
-    shard = Shard(file="shard-00000.safetensors", rows=N_ROWS, checksum=checksum, n_documents=1)
+    shard = shards.write(place, "shard-00000.safetensors", columns, ["planted"])
     Manifest(
         config={"holdout": 0.0, "dtype": "float32", "gradients": False},
         model="planted",
