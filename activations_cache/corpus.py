@@ -5,7 +5,7 @@ The only module here that knows `datasets`.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -154,7 +154,7 @@ def _numbered(
     from datasets.exceptions import DatasetsError
 
     # A saved dataset refuses to skip all of itself.
-    if isinstance(table, Sized) and skip >= len(table):
+    if hasattr(table, "__len__") and skip >= len(table):
         return
     remaining = iter(table[skip:] if isinstance(table, list) else table.skip(skip))
     number = skip
@@ -259,6 +259,7 @@ def _load_saved(folder: Path, split: str) -> Any:
         return saved
     if split not in saved:
         raise CorpusError(
-            f"dataset folder '{folder}' has no split '{split}'; there are: {', '.join(saved)}"
+            f"dataset folder '{folder}' has no split '{split}'; there are: "
+            f"{', '.join(map(str, saved))}"
         )
     return saved[split]

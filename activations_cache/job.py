@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.filesize import decimal
@@ -115,7 +115,9 @@ class Job:
 
     def batches(self, start: Cursor) -> Iterator[TokenBatch]:
         """The corpus as it goes through the model, from `start` on."""
-        cfg, model = self.cfg, self.model
+        cfg = self.cfg
+        # Pyright takes a cached_property for another type than the protocols' properties.
+        model, text, vision = self.model, cast(Any, self.model), cast(Any, self.model)
         if self._data is not None:
             return self._data(start)
         source: dict[str, Any] = {"config": cfg.dataset_config, "split": cfg.dataset_split}
@@ -129,7 +131,7 @@ class Job:
             pictures = images.images(
                 cfg.dataset, image_field=cfg.image_field, skip=start.document, **source
             )
-            return images.image_batches(pictures, model, cfg.batch_size, **shared)
+            return images.image_batches(pictures, vision, cfg.batch_size, **shared)
         if not isinstance(model, LanguageModel):
             raise ConfigError(f"'{model.name}' is neither of text nor of images: give `data`")
         texts = corpus.documents(
@@ -141,14 +143,14 @@ class Job:
         )
         windows = tokens.windows(
             texts,
-            model,
+            text,
             context=self.positions,
             layout=cfg.layout,
             first_k=cfg.first_k,
             **shared,
         )
         return tokens.batches(
-            windows, model, cfg.batch_size, context=self.positions, layout=cfg.layout
+            windows, text, cfg.batch_size, context=self.positions, layout=cfg.layout
         )
 
     def buffer(self) -> Rows:
@@ -253,11 +255,12 @@ class Job:
         def discard(written: _Written) -> None:
             folder.remove(written.shard.file)
 
-        buffers = [self.buffer() for _ in range(self.n_buffers)]
         total = self.cfg.n_tokens // self.ranks
         with (
             bar("harvest", total, done=current.n_rows, shown=progress) as shown,
-            ShardWriter(buffers, write, commit, discard, len(current.shards)) as writer,
+            ShardWriter(
+                self.buffer, self.n_buffers, write, commit, discard, len(current.shards)
+            ) as writer,
         ):
             at, n_documents = current.end, sum(shard.n_documents for shard in current.shards)
             while some := list(islice(stream, 1)):

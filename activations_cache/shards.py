@@ -24,7 +24,7 @@ from torch import Tensor
 from saekit.activations_cache.manifest import Shard
 from saekit.activations_cache.storage import Storage
 from saekit.errors import CacheError
-from saekit.files import file_checksum
+from saekit.files import DirectWriter, file_checksum
 
 GRADIENT = ".grad"
 """Ends the name of the column that holds the gradients with respect to a hook point."""
@@ -52,6 +52,7 @@ _SAFETENSORS_NAMES = {
     torch.int8: "I8",
     torch.uint8: "U8",
 }
+_TYPES = {name: dtype for dtype, name in _SAFETENSORS_NAMES.items()}
 
 
 def write(
@@ -84,11 +85,11 @@ def write(
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     digest, index_digest = xxhash.xxh3_128(), xxhash.xxh3_128()
-    with folder.new_file(name) as path, path.open("wb") as file:
+    with folder.new_file(name) as path, DirectWriter(path) as file:
         for part in (len(text).to_bytes(8, "little"), text):
             digest.update(part)
             index_digest.update(part)
-            file.write(part)
+            file.write(memoryview(part))
         for column in order:
             content = _bytes(columns[column])
             digest.update(content)
@@ -150,6 +151,16 @@ class ShardReader:
         """
         column = self.column(name)
         out = torch.empty((stop - start, *column.shape[1:]), dtype=column.dtype)
+        self.read_into(name, start, out)
+        return self._scaled(name, out, slice(start, stop))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type that a column is stored in."""
+        return _TYPES[self._header[1][name]["dtype"]]
+
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        """Rows from `start` on of a column, as stored, into `out` of its type, till it is full."""
+        column = self.column(name)
         row_bytes = column.nbytes // max(len(column), 1)
         view = _bytes(out)
         # Opened anew each time: a cache may have more shards than a process may have open files.
@@ -160,7 +171,6 @@ class ShardReader:
                 if not count:
                     raise CacheError(f"{self.name} ends early: it was cut short while it was read")
                 view = view[count:]
-        return self._scaled(name, out, slice(start, stop))
 
     def _scaled(self, name: str, values: Tensor, rows: Any) -> Tensor:
         if values.dtype != torch.int8:

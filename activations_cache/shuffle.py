@@ -16,12 +16,13 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int, UInt8, UInt16
+from jaxtyping import Bool, Int, UInt8, UInt16
 from rich.filesize import decimal
 from torch import Tensor
 
@@ -101,9 +102,17 @@ def piles_of(seed: int, n_piles: int, start: int, stop: int) -> UInt16[np.ndarra
     return np.concatenate([*draws, np.empty(0, np.uint16)])[start - first * _DRAW :][: stop - start]
 
 
-def permutation(record: Shuffle, pile: int, rows: int) -> Int[np.ndarray, " row"]:
-    """The order of a pile's rows in its shard, as places among them in the order of the source."""
-    return np.random.default_rng([record.seed, 1, record.n_piles, pile]).permutation(rows)
+def arrangement(
+    record: Shuffle, pile: int, for_training: Bool[np.ndarray, " row"]
+) -> Int[np.ndarray, " row"]:
+    """The order of a pile's rows in its shard, as places among them in the order of the source.
+
+    Any order is as likely as any other, but that rows for training come first: training then
+    reads one run of each shard.
+    """
+    draw = np.random.default_rng([record.seed, 1, record.n_piles, pile])
+    order = draw.permutation(len(for_training))
+    return order[(~for_training[order]).argsort(kind="stable")]
 
 
 def remake(source: ActivationCache, folder: Storage, held: Manifest, number: int) -> None:
@@ -173,13 +182,18 @@ class _Layout:
     def unpack(
         self, packed: UInt8[np.ndarray, "row byte"], order: Int[np.ndarray, " row"]
     ) -> dict[str, Tensor]:
-        columns, at = {}, 0
-        for name, (dtype, tail) in self.columns.items():
-            width = self._width(name)
-            part = np.ascontiguousarray(packed[order, at : at + width])
-            columns[name] = torch.from_numpy(part).view(dtype).reshape(len(order), *tail)
-            at += width
-        return columns
+        return {name: self.column(name, packed, order) for name in self.columns}
+
+    def column(
+        self,
+        name: str,
+        packed: UInt8[np.ndarray, "row byte"],
+        order: Int[np.ndarray, " row"] | slice,
+    ) -> Tensor:
+        at = sum(self._width(other) for other in takewhile(name.__ne__, self.columns))
+        part = np.ascontiguousarray(packed[order, at : at + self._width(name)])
+        dtype, tail = self.columns[name]
+        return torch.from_numpy(part).view(dtype).reshape(len(part), *tail)
 
 
 class _Piles:
@@ -302,7 +316,9 @@ def _write_shard(
     name = f"shard-{pile:05d}.safetensors"
     # Rows of any document may lie in any shard: the first has all names.
     names = source.documents if pile == 0 else []
-    columns = layout.unpack(packed, permutation(record, pile, len(packed)))
+    mask, document = (layout.column(name, packed, slice(None)) for name in ("mask", "document"))
+    order = arrangement(record, pile, source.for_training(mask, document).numpy())
+    columns = layout.unpack(packed, order)
     return shards.write(folder, name, columns, names, expected=expected)
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from torch import Tensor
 
 from saekit.activations_cache import masks, shards
@@ -190,6 +190,13 @@ class ActivationCache:
         in_test = self._held_out[self._slice("document", start, stop).long()]
         return kept & (in_test if split == "test" else ~in_test)
 
+    def for_training(
+        self, mask: UInt8[Tensor, " row"], document: Int[Tensor, " row"]
+    ) -> Bool[Tensor, " row"]:
+        """Which rows with such a mask and document `indices("train")` gives."""
+        left_out = masks.KINDS["special"] | masks.KINDS["nonfinite"]
+        return (mask & left_out == 0) & ~self._held_out[document.long()]
+
     def rows(self, hook: str, index: Int[Tensor, " batch"]) -> Float[Tensor, "batch d"]:
         """Activations of the given rows, in that order, in float32."""
         return self.take(hook, index)
@@ -214,17 +221,27 @@ class ActivationCache:
         """
         narrow = column in shards.COLUMNS or (column == shards.SOURCE and self.shuffled)
         tail = () if narrow else (self.width(column),)
+        kind = self._dtype_of(column) if dtype is None or narrow else dtype
+        out = torch.empty((len(index), *tail), dtype=kind, pin_memory=pinned)
         in_order = bool((index.diff() >= 0).all())
         order = None if in_order else index.argsort(stable=True)
         rows = index if order is None else index[order]
-        out = None
         for number, first, last in self._parts(rows):
-            part = self._part(number, column, rows[first:last] - int(self._starts[number]))
-            if out is None:
-                kind = part.dtype if dtype is None or not tail else dtype
-                out = torch.empty((len(index), *tail), dtype=kind, pin_memory=pinned)
-            out[slice(first, last) if order is None else order[first:last]] = part.to(out.dtype)
-        return torch.empty((0, *tail), dtype=dtype) if out is None else out
+            local = rows[first:last] - int(self._starts[number])
+            if order is None:
+                self._part(number, column, local, out[first:last])
+            else:
+                part = torch.empty((last - first, *tail), dtype=kind)
+                self._part(number, column, local, part)
+                out[order[first:last]] = part
+        return out
+
+    def _dtype_of(self, column: str) -> torch.dtype:
+        """The type that rows of a column come in where no other is asked for."""
+        if not self.readers:
+            return torch.float32
+        stored = self.readers[0].dtype(column)
+        return torch.float32 if stored == torch.int8 else stored
 
     def _parts(self, rows: Int[Tensor, " batch"]) -> Iterator[tuple[int, int, int]]:
         """For each shard that has some of the sorted rows: its number, and which of them."""
@@ -234,17 +251,22 @@ class ActivationCache:
                 yield number, first, last
 
     def _part(
-        self, number: int, column: str, local: Int[Tensor, " batch"]
-    ) -> Shaped[Tensor, "batch ..."]:
-        """Rows of a shard, given in rising order, by the quicker of two ways."""
-        shard, steps = self.readers[number], local.diff()
-        ends = (steps > _NEAR).nonzero().flatten() + 1
+        self,
+        number: int,
+        column: str,
+        local: Int[Tensor, " batch"],
+        out: Shaped[Tensor, "batch ..."],
+    ) -> None:
+        """Rows of a shard, given in rising order, into `out`, by the quicker of two ways."""
+        shard = self.readers[number]
+        ends = ((local.diff() > _NEAR).nonzero().flatten() + 1).tolist()
         if len(local) < _NEAR * (len(ends) + 1):
-            part = shard.rows(column, local)
+            out.copy_(shard.rows(column, local))
         else:
-            runs = torch.tensor_split(local, ends)
-            part = torch.cat([_run(shard, column, run) for run in runs])
-        return part + shard.shard.document_offset if column == "document" else part
+            for first, last in zip([0, *ends], [*ends, len(local)], strict=True):
+                _run(shard, column, local[first:last], out[first:last])
+        if column == "document":
+            out += shard.shard.document_offset
 
     def batches(
         self,
@@ -301,9 +323,12 @@ class ActivationCache:
 
 
 def _run(
-    shard: ShardReader, column: str, local: Int[Tensor, " batch"]
-) -> Shaped[Tensor, "batch ..."]:
-    """Rows that lie near to each other, given in rising order."""
-    first = int(local[0])
-    read = shard.read(column, first, int(local[-1]) + 1)
-    return read if (local.diff() == 1).all() else read[local - first]
+    shard: ShardReader, column: str, local: Int[Tensor, " batch"], out: Shaped[Tensor, "batch ..."]
+) -> None:
+    """Rows that lie near to each other, given in rising order, into `out`."""
+    first, stop = int(local[0]), int(local[-1]) + 1
+    if stop - first == len(local) and out.dtype == shard.dtype(column):
+        shard.read_into(column, first, out)
+        return
+    read = shard.read(column, first, stop)
+    out.copy_(read if stop - first == len(local) else read[local - first])

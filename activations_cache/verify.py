@@ -44,7 +44,7 @@ def verify(cache: ActivationCache | Path | str, *, progress: bool = False) -> li
     counts = np.zeros(256, np.int64)
     record = cache.manifest.shuffle
     piles = None
-    if record is not None:
+    if record is not None and _names_can_be_read(cache):
         piles = shuffle.piles_of(record.seed, record.n_piles, 0, cache.n_rows)
     with bar("verify", cache.n_rows, shown=progress) as shown:
         for number, reader in enumerate(cache.readers):
@@ -79,6 +79,14 @@ def repair(where: Path | str, *, progress: bool = False) -> list[Fault]:
         if numbers:
             _make_again(cache, numbers)
     return faults
+
+
+def _names_can_be_read(cache: ActivationCache) -> bool:
+    """Where they cannot, their shard is at fault, and which rows are for training is not known."""
+    try:
+        return bool(cache.documents)
+    except CacheError:
+        return False
 
 
 def _problems(
@@ -146,12 +154,16 @@ def _misplaced(
         yield f"has {len(source):,} rows, and {n:,} belong there by the shuffle's seed"
         return
     # In the order of the source, as they were dealt.
-    dealt = np.empty_like(source)
-    dealt[shuffle.permutation(record, pile, n)] = source
+    there = source.argsort(kind="stable")
+    dealt = source[there]
+    reader = cache.readers[pile]
+    for_training = cache.for_training(reader.column("mask"), reader.column("document")).numpy()
+    order = shuffle.arrangement(record, pile, for_training[there])
     known = (dealt >= 0) & (dealt < len(piles))
     wrong = ~known
     wrong[known] = piles[dealt[known]] != pile
     wrong[1:] |= np.diff(dealt) <= 0
+    wrong |= dealt[order] != source
     if wrong.any():
         yield f"{int(wrong.sum()):,} rows are not where the shuffle's seed puts them"
 

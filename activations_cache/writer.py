@@ -11,15 +11,14 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from threading import Lock
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
-from numpy.typing import NDArray
+from jaxtyping import Bool, Float, Float32, Int, Int32
 from torch import Tensor
 
 from saekit.activations_cache import shards
@@ -140,18 +139,18 @@ class Rows:
             return rows if index is None else rows.index_select(0, index)
 
         def see(hook: str, x: Float[Tensor, "batch pos d"]) -> None:
-            rows = rows_of(x)
+            rows = kept = rows_of(x)
             norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
             error = None
             if self.schema.dtype == torch.int8:
-                rows, scale, error = _to_int8(rows)
+                kept, scale, error = _to_int8(rows)
                 self._keep(hook + SCALE, here, scale)
             elif self.schema.dtype == torch.float16:
                 # Beyond 65,504 there is nothing but infinity.
                 norms = norms.where(rows.to(torch.float16).isfinite().all(1), torch.inf)
-            self._keep(hook, here, rows)
+            self._keep(hook, here, kept)
             self._copy(self._norms[hook][here], norms)
-            self._sums[hook].add(rows_of(x), norms, counted, error)
+            self._sums[hook].add(rows, norms, counted, error)
 
         if self.schema.gradients:
             acts, grads = model.capture_with_gradients(
@@ -171,24 +170,29 @@ class Rows:
         self._n_padding += batch.n_padding
 
     def seal(self) -> Sealed:
-        """What the shard holds, once all of it has arrived from the device."""
+        """What the shard holds, once all of it has arrived from the device.
+
+        Runs in a writer's thread, and so does without torch's operators: each would raise a team of
+        OpenMP threads there, and more teams than cores slow the model's down for good.
+        """
         if self._stream is not None:
             self._stream.synchronize()
         columns = {name: column[: self.n] for name, column in self._columns.items()}
-        norms = {hook: norm[: self.n] for hook, norm in self._norms.items()}
-        mask, position = columns["mask"], columns["position"]
-        bad = {hook: ~norm.isfinite() for hook, norm in norms.items()}
-        bad_row = torch.stack(list(bad.values())).any(0)
-        mask |= bad_row * KINDS["nonfinite"]
-        mask |= _sinks(norms, position, self._sink_factor) * KINDS["sink"]
+        token, document, position, mask = (columns[name].numpy() for name in shards.COLUMNS)
+        norms = {hook: norm[: self.n].numpy() for hook, norm in self._norms.items()}
+        bad = {hook: ~np.isfinite(norm) for hook, norm in norms.items()}
+        bad_row = np.logical_or.reduce(list(bad.values()))
+        mask |= bad_row.astype(np.uint8) * np.uint8(KINDS["nonfinite"])
+        sinks = _sinks(norms, position, self._sink_factor)
+        mask |= sinks.astype(np.uint8) * np.uint8(KINDS["sink"])
         return Sealed(
             columns=columns,
             new_documents=self._new_documents,
             stats={hook: sums.stats() for hook, sums in self._sums.items()},
             nonfinite=[
-                f"'{hook}' at token {int(columns['token'][row])} (position {int(position[row])} of "
-                f"a window of document number {int(columns['document'][row])})"
-                for row in bad_row.nonzero().flatten().tolist()
+                f"'{hook}' at token {token[row]} (position {position[row]} of a window of document "
+                f"number {document[row]})"
+                for row in np.flatnonzero(bad_row)
                 for hook in bad
                 if bad[hook][row]
             ],
@@ -281,16 +285,23 @@ def _to_int8(
 
 
 def _sinks(
-    norms: dict[str, Float[Tensor, " row"]], position: Int[Tensor, " row"], factor: float
-) -> Bool[Tensor, " row"]:
+    norms: dict[str, Float32[np.ndarray, " row"]],
+    position: Int32[np.ndarray, " row"],
+    factor: float,
+) -> Bool[np.ndarray, " row"]:
     """Rows whose norm at any hook point is above `factor` times the median of its window."""
-    starts = np.flatnonzero(position.numpy() == 0)
-    found: NDArray[np.bool_] = np.zeros(len(position), dtype=bool)
-    for norm in norms.values():
-        for window in np.split(np.arange(len(position)), starts[1:]):
-            values = norm.numpy()[window]
-            found[window] |= values > factor * np.median(values)
-    return torch.from_numpy(found)
+    starts = np.flatnonzero(position == 0)
+    lengths = np.diff(np.append(starts, len(position)))
+    found = np.zeros(len(position), dtype=bool)
+    # Windows of one length at a time, and most are as long as the context: a loop over windows
+    # would hold up the model.
+    for length in np.unique(lengths):
+        rows = starts[lengths == length, None] + np.arange(length)
+        for norm in norms.values():
+            values = norm[rows]
+            with np.errstate(invalid="ignore"):  # Rows that are not finite are marked as that.
+                found[rows] |= values > factor * np.median(values, axis=1, keepdims=True)
+    return found
 
 
 @dataclass
@@ -302,7 +313,10 @@ class ShardWriter:
     not be is handed to `discard`.
     """
 
-    buffers: list[Rows]
+    make: Callable[[], Rows]
+    """Makes one more buffer: done only when all there are hold rows on their way to the disk."""
+    most: int
+    """Buffers at once; at least two."""
     write: Callable[[int, Rows], Any]
     commit: Callable[[Any], None]
     discard: Callable[[Any], None]
@@ -316,9 +330,8 @@ class ShardWriter:
     def __post_init__(self) -> None:
         self._next = self._to_commit = self.first
         self._failed = False
-        for rows in self.buffers:
-            self._free.put(rows)
-        self._pool = ThreadPoolExecutor(max(1, len(self.buffers) - 1), "saekit-writer")
+        self._made = 0
+        self._pool = ThreadPoolExecutor(max(1, self.most - 1), "saekit-writer")
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -339,7 +352,11 @@ class ShardWriter:
     def empty(self) -> Rows:
         """A buffer to fill; waits until there is one. Raises what a thread ran into."""
         self._raise_failed()
-        rows = self._free.get()
+        try:
+            rows = self._free.get(block=self._made == self.most)
+        except Empty:
+            self._made += 1
+            return self.make()
         self._raise_failed()
         return rows
 

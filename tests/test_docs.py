@@ -16,13 +16,17 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.fixture
-def figures() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("figures", ROOT / "docs" / "figures.py")
+def _module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def figures() -> ModuleType:
+    return _module(ROOT / "docs" / "figures.py")
 
 
 @pytest.mark.parametrize(
@@ -47,6 +51,16 @@ def test_the_tables_name_all_there_is_and_nothing_else(pattern: str, there: list
 def test_the_figures_are_those_of_the_result_beside_them(figures: ModuleType) -> None:
     result = json.loads((ROOT / "docs" / "demo_core.json").read_text(encoding="utf-8"))
     assert figures.with_figures(README, result) == README
+
+
+@pytest.fixture
+def tables() -> ModuleType:
+    return _module(ROOT / "benchmarks" / "table.py")
+
+
+def test_the_peers_tables_are_those_of_the_results_beside_them(tables: ModuleType) -> None:
+    page = (ROOT / "docs" / "peers.md").read_text(encoding="utf-8")
+    assert tables.with_tables(page, tables.load()) == page
 
 
 def test_every_link_leads_to_a_file() -> None:

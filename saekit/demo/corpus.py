@@ -4,6 +4,7 @@ Every machine with Python has it, and it is code and English with known structur
 document, `stdlib/<path>`; one task sentence is one document, `tasks/<task>/<number>`.
 """
 
+import os
 import sysconfig
 from collections.abc import Iterator
 from hashlib import blake2b
@@ -44,11 +45,7 @@ def documents() -> Iterator[Document]:
 def modules() -> Iterator[Document]:
     """The modules of the standard library, without its tests, empty files and second copies."""
     root = Path(sysconfig.get_path("stdlib"))
-    paths = {
-        f"stdlib/{relative.as_posix()}": path
-        for path in root.rglob("*.py")
-        if _is_library_source(relative := path.relative_to(root))
-    }
+    paths = {f"stdlib/{path.relative_to(root).as_posix()}": path for path in _library_source(root)}
     seen: set[str] = set()
     for name in sorted(paths, key=_place_in_order):
         text = _read(paths[name])
@@ -70,10 +67,18 @@ def _task_documents() -> Iterator[Document]:
             yield Document(name, next(streams[task, split]).text)
 
 
-def _is_library_source(relative: Path) -> bool:
-    return not _SKIPPED_FOLDERS & set(relative.parts) and not relative.parts[0].startswith(
-        _GENERATED_PREFIXES
-    )
+def _library_source(root: Path) -> Iterator[Path]:
+    # Installed packages lie in there, too, and walking them would take longer than all the rest.
+    for folder, subfolders, files in os.walk(root):
+        skipped = _GENERATED_PREFIXES if Path(folder) == root else ()
+        subfolders[:] = [
+            name
+            for name in subfolders
+            if name not in _SKIPPED_FOLDERS and not name.startswith(skipped)
+        ]
+        for name in files:
+            if name.endswith(".py") and not name.startswith(skipped):
+                yield Path(folder, name)
 
 
 def _place_in_order(name: str) -> bytes:
