@@ -114,7 +114,7 @@ class Reader:
     def __next__(self) -> Batch:
         if self._prefetch == 0:
             epoch, first, last = next(self._spans)
-            batch = self._source.batch(epoch, first, last)
+            batch = self._source.batch(epoch, first, last, self._source.space(last - first))
             self._at = epoch, last
             return batch
         self._fill()
@@ -194,7 +194,10 @@ class Reader:
                 self._pool = ThreadPoolExecutor(1, thread_name_prefix="saekit-reader")
             # The thread knows the source, never the reader: so a reader that is dropped goes, and
             # its thread with it.
-            self._ahead.append(((span[0], span[2]), self._pool.submit(self._source.batch, *span)))
+            # Memory from here, not from the thread: what the caller lets go of is used again.
+            space = self._source.space(span[2] - span[1])
+            made = self._pool.submit(self._source.batch, *span, space)
+            self._ahead.append(((span[0], span[2]), made))
 
 
 def _spans(
@@ -290,17 +293,18 @@ class _Source:
         for column in columns:
             cache.take(column, torch.empty(0, dtype=torch.int64))
 
-    def batch(self, epoch: int, start: int, stop: int) -> Batch:
+    def space(self, n: int) -> Batch:
+        """Memory for a batch of n rows. For a GPU pinned, from which the copy needs no CPU, and as
+        stored: rows are made wider over there."""
+        pinned = self._device.type == "cuda"
+        dtype = None if pinned else self._dtype
+        return {c: self._cache.space(c, n, dtype=dtype, pinned=pinned) for c in self._columns}
+
+    def batch(self, epoch: int, start: int, stop: int, space: Batch) -> Batch:
         rows = self._order.rows(epoch, self._offset + start, self._offset + stop)
-        if self._device.type != "cuda":
-            return {
-                column: self._cache.take(column, rows, dtype=self._dtype).to(self._device)
-                for column in self._columns
-            }
-        # As stored over the bus, and made wider there; from pinned memory the copy needs no CPU.
         batch = {}
-        for column in self._columns:
-            stored = self._cache.take(column, rows, dtype=None, pinned=True)
-            x = stored.to(self._device, non_blocking=True)
-            batch[column] = x.to(self._dtype) if x.ndim > 1 and self._dtype else x
+        for column, out in space.items():
+            x = self._cache.take(column, rows, out=out).to(self._device, non_blocking=True)
+            wider = self._device.type == "cuda" and x.ndim > 1 and self._dtype is not None
+            batch[column] = x.to(self._dtype) if wider else x
         return batch

@@ -211,18 +211,16 @@ class ActivationCache:
         index: Int[Tensor, " batch"],
         *,
         dtype: torch.dtype | None = torch.float32,
-        pinned: bool = False,
+        out: Shaped[Tensor, "batch ..."] | None = None,
     ) -> Shaped[Tensor, "batch ..."]:
-        """The given rows of any column, in that order, in new memory.
+        """The given rows of any column, in that order, in new memory or in `out`'s.
 
         Activations and gradients `[batch, d]` come in `dtype`, or as stored where it is None (int8
         always as float32: scaled); `token`, `document`, `position`, `mask` and `source` `[batch]`
-        in their own types. `pinned`: in memory that a GPU copies from on its own.
+        in their own types.
         """
-        narrow = column in shards.COLUMNS or (column == shards.SOURCE and self.shuffled)
-        tail = () if narrow else (self.width(column),)
-        kind = self._dtype_of(column) if dtype is None or narrow else dtype
-        out = torch.empty((len(index), *tail), dtype=kind, pin_memory=pinned)
+        if out is None:
+            out = self.space(column, len(index), dtype=dtype)
         in_order = bool((index.diff() >= 0).all())
         order = None if in_order else index.argsort(stable=True)
         rows = index if order is None else index[order]
@@ -231,10 +229,24 @@ class ActivationCache:
             if order is None:
                 self._part(number, column, local, out[first:last])
             else:
-                part = torch.empty((last - first, *tail), dtype=kind)
+                part = torch.empty_like(out[first:last])
                 self._part(number, column, local, part)
                 out[order[first:last]] = part
         return out
+
+    def space(
+        self,
+        column: str,
+        n: int,
+        *,
+        dtype: torch.dtype | None = torch.float32,
+        pinned: bool = False,
+    ) -> Shaped[Tensor, "batch ..."]:
+        """Memory for `n` rows of a column; `pinned`: such as a GPU copies from on its own."""
+        narrow = column in shards.COLUMNS or (column == shards.SOURCE and self.shuffled)
+        tail = () if narrow else (self.width(column),)
+        kind = self._dtype_of(column) if dtype is None or narrow else dtype
+        return torch.empty((n, *tail), dtype=kind, pin_memory=pinned)
 
     def _dtype_of(self, column: str) -> torch.dtype:
         """The type that rows of a column come in where no other is asked for."""
