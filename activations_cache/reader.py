@@ -62,11 +62,14 @@ class Reader:
         dtype: torch.dtype | None = torch.float32,
         device: str | torch.device = "cpu",
         prefetch: int = 2,
+        reuse: bool = False,
     ) -> None:
         """`epochs=None` goes on for ever; `drop_last` leaves out an epoch's last batch where it is
         not full; `start` is how many batches to pass over, at no cost, and `state` what another
         reader's `state()` gave. `dtype=None` gives activations as they are stored. `prefetch` is
-        how many batches a thread holds ready; at 0 there is no thread.
+        how many batches a thread holds ready; at 0 there is no thread. With `reuse`, on a CPU,
+        batches lie in turn in `prefetch` + 2 places, and each holds until as many more were taken:
+        to find new memory for a large batch takes the system longer than to read it.
 
         Raises CacheError for a column that the cache does not hold, and ConfigError for options
         that cannot work, and where the split holds no row, or with `drop_last` not one full batch.
@@ -99,6 +102,8 @@ class Reader:
             "ranks": ranks,
         }
         self._source = _Source(cache, tuple(columns), order, rank * self._rows, dtype, device)
+        if reuse:
+            self._source.reuse(prefetch + 2, batch_size)
         self._prefetch = prefetch
         self._pool: ThreadPoolExecutor | None = None
         self._ahead: deque[tuple[tuple[int, int], Future[Batch]]] = deque()
@@ -290,12 +295,22 @@ class _Source:
     ) -> None:
         self._cache, self._columns, self._order, self._offset = cache, columns, order, offset
         self._dtype, self._device = dtype, torch.device(device)
+        self._places: deque[Batch] = deque()
         for column in columns:
             cache.take(column, torch.empty(0, dtype=torch.int64))
+
+    def reuse(self, places: int, n: int) -> None:
+        """From now on give the same memory in turn. A GPU's pinned memory is used again anyway, as
+        soon as what is in it has been copied."""
+        if self._device.type != "cuda":
+            self._places.extend([self.space(n) for _ in range(places)])
 
     def space(self, n: int) -> Batch:
         """Memory for a batch of n rows. For a GPU pinned, from which the copy needs no CPU, and as
         stored: rows are made wider over there."""
+        if self._places:
+            self._places.rotate(-1)
+            return {column: out[:n] for column, out in self._places[-1].items()}
         pinned = self._device.type == "cuda"
         dtype = None if pinned else self._dtype
         return {c: self._cache.space(c, n, dtype=dtype, pinned=pinned) for c in self._columns}

@@ -24,6 +24,8 @@ from saekit.errors import CacheError
 
 Split = Literal["train", "test", "all"]
 
+_PIECE = 2 << 20
+"""Bytes."""
 _NEAR = 4
 """Rows that lie so near to each other are read in one go, with what lies between them."""
 
@@ -338,10 +340,13 @@ def _run(
     shard: ShardReader, column: str, local: Int[Tensor, " batch"], out: Shaped[Tensor, "batch ..."]
 ) -> None:
     """Rows that lie near to each other, given in rising order, into `out`."""
-    first, stop = int(local[0]), int(local[-1]) + 1
     every = bool((local.diff() == 1).all())
     if every and out.dtype == shard.dtype(column):
-        shard.read_into(column, first, out)
+        shard.read_into(column, int(local[0]), out)
         return
-    read = shard.read(column, first, stop)
-    out.copy_(read if every else read[local - first])
+    # In pieces that stay in a CPU's cache until they are where they belong.
+    step = max(1, _PIECE * len(out) // max(out.nbytes, 1))
+    for rows, place in zip(local.split(step), out.split(step), strict=True):
+        first = int(rows[0])
+        read = shard.read(column, first, int(rows[-1]) + 1)
+        place.copy_(read if every else read[rows - first])

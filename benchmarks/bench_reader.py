@@ -148,6 +148,7 @@ def epoch(
         dtype=dtype,
         device=args.device,
         prefetch=args.prefetch,
+        reuse=True,
     ) as reader:
         for batch in reader:
             rows += len(batch[HOOK])

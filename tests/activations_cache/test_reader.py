@@ -335,3 +335,21 @@ def test_batches_on_a_gpu_equal_those_on_the_cpu(make_cache: Make, tmp_path: Pat
         for ours, theirs in zip(there, Reader(cache, ["h", "token"], 30, **options), strict=True):
             assert all(x.device.type == "cuda" for x in ours.values())
             assert all(ours[name].cpu().equal(theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+@pytest.mark.parametrize("shuffle", ["rows", "blocks"])
+def test_memory_that_is_used_again_holds_for_as_many_batches_as_promised(
+    cache: ActivationCache, prefetch: int, shuffle: Any
+) -> None:
+    fresh = list(Reader(cache, ["h", "token"], 30, shuffle=shuffle, seed=3))
+    reader = Reader(
+        cache, ["h", "token"], 30, shuffle=shuffle, seed=3, prefetch=prefetch, reuse=True
+    )
+    held: list[dict[str, Tensor]] = []
+    for number, batch in enumerate(reader):
+        held = [*held, batch][-2:]
+        for kept, expected in zip(held, fresh[number + 1 - len(held) :], strict=False):
+            assert all(torch.equal(kept[column], expected[column]) for column in expected)
+    places = {batch["h"].data_ptr() for batch in Reader(cache, ["h"], 30, reuse=True)}
+    assert len(places) <= 4
