@@ -9,6 +9,8 @@ import torch
 import xxhash
 from torch import nn
 
+from saekit.files import file_sha256
+
 
 def of_files(path: str, model: Any) -> str:
     """SHA-256 of the config and weights of a local folder; repository and commit for a model of
@@ -16,14 +18,9 @@ def of_files(path: str, model: Any) -> str:
     folder = Path(path)
     if not folder.is_dir():
         return f"{path}@{model.config._commit_hash}"
-    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     digest = sha256()
-    for file in [folder / "config.json", *weights]:
-        with file.open("rb") as opened:
-            part = sha256()
-            while block := opened.read(2**20):
-                part.update(block)
-        digest.update(part.hexdigest().encode())
+    for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+        digest.update(file_sha256(file).encode())
     return digest.hexdigest()
 
 

@@ -274,10 +274,10 @@ class Job:
         return state
 
     def _check_finite(self, state: Manifest, sealed: Sealed, folder: Storage) -> None:
-        if not sealed.nonfinite:
+        if sealed.nonfinite is None:
             return
         n = state.marked["nonfinite"]
-        found = f"{n:,} rows so far are not finite as {self.cfg.dtype}, here {sealed.nonfinite[0]}"
+        found = f"{n:,} rows so far are not finite as {self.cfg.dtype}, here {sealed.nonfinite}"
         if n > self.cfg.max_nonfinite:
             folder.remove(state.shards[-1].file)
             raise CacheError(

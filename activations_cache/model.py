@@ -53,7 +53,8 @@ def load(
             loader: Any = AutoModelForCausalLM
         else:
             loader = AutoModelForMaskedLM if backend == "transformer_lens" else AutoModel
-        model = loader.from_pretrained(path, dtype=dtype)
+        # Other files of weights are pickles, which can run code as they are read.
+        model = loader.from_pretrained(path, dtype=dtype, use_safetensors=True)
         tokenizer = None if kind == "vision" else AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ModelError(

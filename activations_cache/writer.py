@@ -75,8 +75,8 @@ class Sealed:
     columns: dict[str, Tensor]
     new_documents: list[str]
     stats: dict[str, HookStats]
-    nonfinite: list[str]
-    """What is not finite, in words, in the order of the rows."""
+    nonfinite: str | None
+    """The first value that is not finite, in words."""
     marked: dict[str, int]
     n_padding: int
 
@@ -189,13 +189,16 @@ class Rows:
             columns=columns,
             new_documents=self._new_documents,
             stats={hook: sums.stats() for hook, sums in self._sums.items()},
-            nonfinite=[
-                f"'{hook}' at token {token[row]} (position {position[row]} of a window of document "
-                f"number {document[row]})"
-                for row in np.flatnonzero(bad_row)
-                for hook in bad
-                if bad[hook][row]
-            ],
+            nonfinite=next(
+                (
+                    f"'{hook}' at token {token[row]} (position {position[row]} of a window of "
+                    f"document number {document[row]})"
+                    for row in np.flatnonzero(bad_row)
+                    for hook in bad
+                    if bad[hook][row]
+                ),
+                None,
+            ),
             marked={kind: int((mask & bit != 0).sum()) for kind, bit in KINDS.items()},
             n_padding=self._n_padding,
         )

@@ -1,5 +1,6 @@
 """Every architecture of the table, as a tiny model with random weights, obeys the same contract."""
 
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -516,3 +517,11 @@ def test_wrapping_a_language_model_needs_its_tokenizer() -> None:
 def test_gradients_of_images_are_refused() -> None:
     with pytest.raises(ConfigError, match="'vit' predicts no next token"):
         model_of("vit").capture_with_gradients({}, scored_of(10), ["resid_post.0"])
+
+
+def test_weights_that_are_a_pickle_are_not_read(tiny_lm: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "lm"
+    shutil.copytree(tiny_lm, folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="cannot be loaded: .*safetensors"):
+        load(str(folder))

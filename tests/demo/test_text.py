@@ -55,7 +55,7 @@ def test_the_loss_counts_for_more_where_a_sentence_ends_in_a_name() -> None:
     windows = Windows.of(
         torch.zeros(2 * CONTEXT, dtype=torch.int32), ids, tokenizer, torch.device("cpu")
     )
-    unchanged = replace(windows, names=windows.names, words=windows.names)
+    unchanged = replace(windows, words=windows.names)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         rows, answers = unchanged.tasks(20)
