@@ -49,7 +49,7 @@ class LanguageModel:
 
     def __init__(self, folder: Path) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model: Any = AutoModelForCausalLM.from_pretrained(folder)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
         self.model = model.eval().to(self.device)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.bos = int(self.tokenizer.bos_token_id)
