@@ -64,7 +64,7 @@ class Recipe:
     """Folder with the books' `train.jsonl.xz`."""
     out: Path
     """Folder to write the model to."""
-    minutes: float = 5.8
+    minutes: float = 7.0
     """Time to train for, without the preparation of the text."""
     megabytes: float = 90.0
     """Most text to take of the books, and again of the Python source."""
