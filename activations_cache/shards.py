@@ -21,10 +21,11 @@ from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from saekit.activations_cache.direct import DirectWriter
 from saekit.activations_cache.manifest import Shard
 from saekit.activations_cache.storage import Storage
 from saekit.errors import CacheError
-from saekit.files import DirectWriter, file_checksum
+from saekit.files import file_checksum
 
 GRADIENT = ".grad"
 """Ends the name of the column that holds the gradients with respect to a hook point."""
@@ -42,6 +43,9 @@ SOURCE = "source"
 """One more of a shuffled cache, int64: the row's number in the cache it was made from."""
 INDEX = (*COLUMNS, SOURCE)
 """The columns that say what a row is."""
+
+_PIECE = 1 << 20
+"""Bytes that are hashed and staged at once."""
 
 _SAFETENSORS_NAMES = {
     torch.float32: "F32",
@@ -92,10 +96,12 @@ def write(
             file.write(memoryview(part))
         for column in order:
             content = _bytes(columns[column])
-            digest.update(content)
-            if column in INDEX:
-                index_digest.update(content)
-            file.write(content)
+            # In pieces that stay in a core's cache from the one to the other.
+            for piece in (content[at : at + _PIECE] for at in range(0, len(content), _PIECE)):
+                digest.update(piece)
+                if column in INDEX:
+                    index_digest.update(piece)
+                file.write(piece)
         if expected not in (None, digest.hexdigest()):
             raise CacheError(
                 f"{folder.url}/{name}, made again, is not what it was: the text, the machine or "

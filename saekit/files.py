@@ -2,7 +2,6 @@
 
 import errno
 import json
-import mmap
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,8 +16,6 @@ from safetensors import SafetensorError
 from saekit.errors import SaekitError
 
 _PARTIAL = ".partial"
-_BLOCK = 4096  # bytes; a multiple of every disk's block
-_STAGE = 4 << 20
 
 
 @contextmanager
@@ -79,55 +76,6 @@ def full_disk_in_words(path: Path | str) -> Iterator[None]:
             f"no space left while writing {path}; what was complete before is untouched. "
             "Make room, then give the same command again: it goes on from there"
         ) from error
-
-
-class DirectWriter:
-    """Writes a file past the page cache, where the system and the file system know how.
-
-    Copying gigabytes into the page cache takes as much of a CPU as some models do. Behind the
-    writer the file is whole, and still to be synced.
-    """
-
-    def __init__(self, path: Path) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
-        try:
-            self._file = os.open(path, flags | getattr(os, "O_DIRECT", 0))
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            self._file = os.open(path, flags)
-        # Direct writes begin and end at whole blocks, in memory and on disk; a map does.
-        self._stage = mmap.mmap(-1, _STAGE)
-        self._staged = self._written = 0
-
-    def write(self, content: memoryview) -> None:
-        while content:
-            some = content[: _STAGE - self._staged]
-            self._stage[self._staged : self._staged + len(some)] = some
-            self._staged += len(some)
-            content = content[len(some) :]
-            if self._staged == _STAGE:
-                self._flush(_STAGE)
-
-    def __enter__(self) -> "DirectWriter":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                size = self._written + self._staged
-                self._flush(-(-self._staged // _BLOCK) * _BLOCK)
-                os.truncate(self._file, size)
-        finally:
-            os.close(self._file)
-
-    def _flush(self, size: int) -> None:
-        with memoryview(self._stage) as whole:
-            at = 0
-            while at < size:
-                at += os.write(self._file, whole[at:size])
-        self._written += self._staged
-        self._staged = 0
 
 
 def disk_full(error: Exception) -> bool:

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from botocore.session import get_session
-from moto.server import ThreadedMotoServer
 
 from saekit.activations_cache import shards
 from saekit.activations_cache.manifest import Manifest
@@ -22,6 +20,10 @@ from saekit.activations_cache.store import ActivationCache
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
     """The address of an S3 server on a free port, with an empty bucket named `bucket`."""
+    # Here, so that a machine that only lends its GPU to the other tests does without them.
+    from botocore.session import get_session
+    from moto.server import ThreadedMotoServer
+
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
