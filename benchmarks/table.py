@@ -1,16 +1,19 @@
-"""Makes the tables of docs/peers.md from benchmarks/results/: python benchmarks/table.py
+"""Makes the tables of docs/peers.md and docs/kinds.md from benchmarks/results/:
+
+    python benchmarks/table.py
 
 The newest line of each case is shown. Standard library only.
 """
 
 import json
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
-PAGE = FOLDER.parent / "docs" / "peers.md"
+DOCS = FOLDER.parent / "docs"
 END = "<!-- end -->\n"
 
 Line = dict[str, Any]
@@ -57,37 +60,47 @@ def _growth(line: Line) -> str:
 
 def harvest(results: dict[str, list[Line]]) -> str:
     lines = [line for line in results.get("harvest", []) if line["op"] == "harvest"]
-    shown = newest(lines, "model", "device", "gpu", "cpu", "cores", "hooks", "dtype", "file_system")
+    of = ("model", "device", "gpu", "cpu", "cores", "hooks", "dtype", "file_system", "tokens")
     rows = [
         (
             f"{line['model']}, {line['model_dtype']}",
             hardware(line),
             f"{line['hooks']}, {line['dtype']}",
+            f"{line['bytes'] / 1e9:.1f} GB, {line['seconds']['n']}",
             f"{line['bare_tokens_per_s']:,}",
+            f"{line['disk_tokens_per_s']:,}, {line['file_system']}",
             f"{line['tokens_per_s']:,}",
             _spread(line),
-            f"{line['mb_per_s']:,.0f}",
-            f"{line['disk_mb_per_s']:,.0f}, {line['file_system']}",
+            f"{_of_the_slower(line):.2f}",
+            f"{line['stages']['into memory']['ratio']:.2f}" if line.get("stages") else "",
             f"{line['bare_growth_mib']:,.0f}, {_growth(line)}, {line['memory_mib']:,.0f}"
             if _growth(line)
             else f"?, ?, {line['memory_mib']:,.0f}",
         )
-        for line in shown
+        for line in newest(lines, *of)
     ]
     columns: tuple[str, ...] = (
         "model",
         "on",
         "hook points, on disk",
-        "bare tokens/s",
+        "cache, pairs",
+        "bare pass tokens/s",
+        "plain write tokens/s",
         "harvest tokens/s",
-        "ratio",
+        "of the bare pass",
     )
     columns += (
-        "MB/s",
-        "plain write MB/s",
+        "of the slower of both",
+        "without the disk",
         "memory MiB: rise in a bare pass, in a harvest, limit of its rows",
     )
     return markdown(columns, rows)
+
+
+def _of_the_slower(line: Line) -> float:
+    """Of what the model and the disk would each do alone, the harvest's speed as a part of the
+    lesser."""
+    return float(line["tokens_per_s"] / min(line["bare_tokens_per_s"], line["disk_tokens_per_s"]))
 
 
 def text_to_disk(results: dict[str, list[Line]]) -> str:
@@ -141,25 +154,93 @@ def _cell(text: str | None) -> str:
     return (text or "").replace("|", "\\|")
 
 
-TABLES: dict[str, Callable[[dict[str, list[Line]]], str]] = {
-    "harvest": harvest,
-    "text to disk": text_to_disk,
-    "reader": reader,
+# How a figure of a trained SAE is called, and its decimals.
+_FIGURES = {
+    "l0": ("L0", 1),
+    "ev": ("explained variance", 4),
+    "ce_recovered_zero": ("loss recovered", 4),
+    "dead": ("dead", 4),
+    "found": ("features found", 3),
+    "mcc": ("mean cosine", 3),
+    "f1": ("F1", 3),
+    "tokens_per_s": ("tokens/s", 0),
 }
 
 
-def with_tables(page: str, results: dict[str, list[Line]]) -> str:
-    """The page's text with its tables made anew."""
-    for name, table in TABLES.items():
-        before, rest = page.split(begin(name))
+def trained(experiment: str, data: str) -> Callable[[dict[str, list[Line]]], str]:
+    """The runs of an experiment on some data: means over seeds, and standard deviations."""
+
+    def table(results: dict[str, list[Line]]) -> str:
+        lines = [
+            line
+            for line in results.get("kinds", [])
+            if line["experiment"] == experiment and line["data"].startswith(data)
+        ]
+        groups: dict[str, list[Line]] = {}
+        for line in newest(lines, "impl", "key", "seed"):
+            groups.setdefault(f"{line['impl']} {line['key']}", []).append(line)
+        shown = [name for name in _FIGURES if any(name in line for line in lines)]
+        rows = [
+            (
+                group[0]["kind"] if group[0]["impl"] == "saekit" else _named(group[0]),
+                _options(group[0]),
+                str(len(group)),
+                *(_mean([line[name] for line in group], name) for name in shown),
+            )
+            for group in groups.values()
+        ]
+        return markdown(("kind", "options", "seeds", *(_FIGURES[name][0] for name in shown)), rows)
+
+    return table
+
+
+def _options(line: Line) -> str:
+    data = [] if line["data"] in ("demo", "zipf") else [line["data"]]
+    kind = [] if line["impl"] == "saekit" else [line["kind"]]
+    return ", ".join([*data, *kind, *(f"{name} {v}" for name, v in line["options"].items())])
+
+
+def _mean(values: list[float], name: str) -> str:
+    digits = _FIGURES[name][1]
+    mean = f"{statistics.mean(values):,.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):,.{digits}f}"
+
+
+PAGES: dict[str, dict[str, Callable[[dict[str, list[Line]]], str]]] = {
+    "peers.md": {"harvest": harvest, "text to disk": text_to_disk, "reader": reader},
+    "kinds.md": {
+        "demo": trained("kinds", "demo"),
+        "zipf": trained("kinds", "zipf"),
+        "correlated": trained("kinds", "correlated"),
+        "hierarchy": trained("kinds", "hierarchy"),
+        "tools on demo": trained("tools", "demo"),
+        "tools on zipf": trained("tools", "zipf"),
+        "gradient on demo": trained("gradient", "demo"),
+        "gradient on zipf": trained("gradient", "zipf"),
+        "tree": trained("tree", "tree"),
+        "variational": trained("variational", "demo"),
+        "wrong k": trained("wrong_k", "zipf"),
+        "itda": trained("itda", "demo"),
+        "learning rate": trained("lr", "demo"),
+    },
+}
+
+
+def with_tables(page: str, name: str, results: dict[str, list[Line]]) -> str:
+    """The text of a page of this name with its tables made anew."""
+    for title, table in PAGES[name].items():
+        before, rest = page.split(begin(title))
         _, after = rest.split(END, 1)
-        page = before + begin(name) + table(results) + END + after
+        page = before + begin(title) + table(results) + END + after
     return page
 
 
 def main() -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(with_tables(page, load()), encoding="utf-8")
+    results = load()
+    for name in PAGES:
+        path = DOCS / name
+        made = with_tables(path.read_text(encoding="utf-8"), name, results)
+        path.write_text(made, encoding="utf-8")
 
 
 if __name__ == "__main__":

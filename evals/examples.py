@@ -2,7 +2,9 @@
 
 Writes `LatentExamples`, which the dashboard reads. The rows are encoded once, in stored order; the
 active latents wait in a temporary file (12 bytes each) for a second pass, which knows the strongest
-windows and every latent's maximum and so can cut the examples out and fill the histograms.
+windows and every latent's maximum and so can cut the examples out and fill the histograms. A value
+below 0, which a signed matching pursuit gives, counts as firing and shows among an example's
+values, but makes no example and falls in no bin.
 
 Promoted tokens are by direct logit attribution: `(W_dec[i] @ M * g) @ W_U`, less its mean over the
 vocabulary, with M the map from the hook to the residual stream and g the final norm's gain. That is
@@ -73,7 +75,7 @@ class Examples(Eval):
             metrics={
                 "latents_with_examples": Metric(
                     value=float((examples.peak[:, 0] > 0).sum()),
-                    definition=f"latents that fire on {where}",
+                    definition=f"latents with a value above 0 on {where}",
                     n=n,
                 ),
                 "examples": Metric(
@@ -265,7 +267,7 @@ class _Active:
 
     @classmethod
     def of(cls, code: SparseCode, text: _Text) -> "_Active":
-        active = code.values > 0
+        active = code.values != 0
         place = text.keep.nonzero().flatten().repeat_interleave(active.sum(1))
         return cls(place, code.indices[active], code.values[active])
 
@@ -343,7 +345,8 @@ class _Slots:
         self.peak_at[slot] = (peak - first).int()
         self.tokens[slot] = text.token[place].where(inside, -1).int()
         # Past fp16's range the exact value still stands in `peak`.
-        self.acts[slot] = acts.clamp(max=torch.finfo(torch.float16).max).half()
+        half = torch.finfo(torch.float16)
+        self.acts[slot] = acts.clamp(half.min, half.max).half()
         self.document[slot] = text.document[window]
 
 
@@ -361,7 +364,9 @@ def _ranked(
 def _histogram(
     active: _Active, maximum: Float[Tensor, " d_sae"], bins: int
 ) -> Int[Tensor, " d_sae_times_bins"]:
-    """Counts of `floor(bins * value / maximum)`; the maximum itself falls in the last bin."""
-    share = active.value.double() / maximum.double()[active.latent]
+    """Counts of `floor(bins * value / maximum)` of the values above 0; the maximum itself falls in
+    the last bin."""
+    latent, value = active.latent[active.value > 0], active.value[active.value > 0]
+    share = value.double() / maximum.double()[latent]
     bin_ = (share * bins).long().clamp(max=bins - 1)
-    return (active.latent * bins + bin_).bincount(minlength=len(maximum) * bins)
+    return (latent * bins + bin_).bincount(minlength=len(maximum) * bins)

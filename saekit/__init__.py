@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from saekit.activations_cache.store import ActivationCache
     from saekit.checkpoint import load, save
     from saekit.evals._base import evaluate
-    from saekit.sae import SAE, JumpReLU, ReLU, SparseCode, TopK
+    from saekit.sae import SAE, JumpReLU, MatchingPursuit, ReLU, SparseCode, TopK
     from saekit.trainers._loop import train
 
 _HOME = {
@@ -29,6 +29,7 @@ _HOME = {
     "evaluate": "saekit.evals._base",
     "SAE": "saekit.sae",
     "JumpReLU": "saekit.sae",
+    "MatchingPursuit": "saekit.sae",
     "ReLU": "saekit.sae",
     "SparseCode": "saekit.sae",
     "TopK": "saekit.sae",
@@ -40,6 +41,7 @@ __all__ = [
     "ActivationCache",
     "HarvestConfig",
     "JumpReLU",
+    "MatchingPursuit",
     "ReLU",
     "SparseCode",
     "TopK",

@@ -18,7 +18,7 @@ from torch import Tensor
 from saekit.errors import CheckpointError
 from saekit.files import file_sha256, write_atomic, write_json
 from saekit.results import Provenance
-from saekit.sae import SAE, Activation, JumpReLU, ReLU, TopK
+from saekit.sae import SAE, Activation, JumpReLU, MatchingPursuit, ReLU, TopK
 
 WEIGHTS = "sae.safetensors"
 CONFIG = "config.json"
@@ -29,7 +29,7 @@ VERSION = 1
 def save(sae: SAE, folder: Path | str) -> str:
     """Write the SAE into `folder` (made where missing); returns its fingerprint."""
     folder = Path(folder)
-    tensors = {name: t.detach().cpu().contiguous() for name, t in sae.tensors().items()}
+    tensors = _stored(sae)
     write_atomic(folder / WEIGHTS, lambda path: save_file(tensors, path))
     digest = file_sha256(folder / WEIGHTS)
     config = {
@@ -48,8 +48,16 @@ def save(sae: SAE, folder: Path | str) -> str:
 
 def fingerprint(sae: SAE) -> str:
     """What `save` would return: the SHA-256 of the tensors as the file holds them."""
+    return sha256(safetensors.torch.save(_stored(sae))).hexdigest()
+
+
+def _stored(sae: SAE) -> dict[str, Tensor]:
+    """The tensors as the file holds them: each in one piece, and none part of another."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in sae.tensors().items()}
-    return sha256(safetensors.torch.save(tensors)).hexdigest()
+    if tensors["W_enc"].data_ptr() == tensors["W_dec"].data_ptr():
+        # The transpose of one row is in one piece as it is.
+        tensors["W_enc"] = tensors["W_enc"].clone()
+    return tensors
 
 
 def load(path: Path | str, device: str = "cpu") -> SAE:
@@ -112,6 +120,13 @@ def _activation_to_dict(activation: Activation) -> dict[str, Any]:
             return {"kind": "topk", "k": k}
         case JumpReLU():
             return {"kind": "jumprelu"}
+        case MatchingPursuit(steps, residual, signed):
+            return {
+                "kind": "matching_pursuit",
+                "steps": steps,
+                "residual": residual,
+                "signed": signed,
+            }
 
 
 def _activation_from_dict(values: dict[str, Any], tensors: dict[str, Tensor]) -> Activation:
@@ -122,8 +137,10 @@ def _activation_from_dict(values: dict[str, Any], tensors: dict[str, Tensor]) ->
             return TopK(values["k"])
         case "jumprelu":
             return JumpReLU(tensors["threshold"])
+        case "matching_pursuit":
+            return MatchingPursuit(values["steps"], values["residual"], values["signed"])
         case other:
             raise CheckpointError(
-                f"activation kind '{other}' is unknown to this saekit (relu, topk, jumprelu): "
-                "upgrade"
+                f"activation kind '{other}' is unknown to this saekit (relu, topk, jumprelu, "
+                "matching_pursuit): upgrade"
             )

@@ -5,6 +5,7 @@ The string under a field is its help on the command line. `__post_init__` only c
 """
 
 import dataclasses
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ class TrainConfig(Config):
     """Activations a step."""
 
     lr: float = 1e-3
-    """Peak learning rate of Adam."""
+    """Peak learning rate."""
 
     lr_warmup: float = 0.05
     """Share of the steps over which the learning rate rises from 0."""
@@ -97,18 +98,49 @@ class TrainConfig(Config):
     lr_decay: float = 0.2
     """Share of the steps, at the end, over which the learning rate falls to 0."""
 
+    lr_shape: Literal["linear", "cosine"] = "linear"
+    """Along a line or half a cosine wave: how the learning rate falls at the end."""
+
+    optimiser: Literal["adam", "adamw"] = "adam"
+    """Adam, or AdamW with `weight_decay`."""
+
+    weight_decay: float = 0.0
+    """Of AdamW: the share of each weight that is taken off a step, times the learning rate."""
+
     adam_betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of Adam's two moments."""
 
-    input_scaling: Literal["sqrt_d", "none"] = "sqrt_d"
-    """Scale activations so that their mean norm is sqrt(d_in), so that one learning rate serves
-    many layers and models. Folded into the weights at export."""
+    clip_norm: float | None = None
+    """Largest norm of the whole gradient; a longer one is scaled down to it. Losses are sums over
+    d_in, so a norm of 1 is short. Not clipped where not given."""
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What matrices are multiplied in; weights, their moments and sums stay float32."""
+
+    input_scaling: Literal["sqrt_d", "unit", "none"] = "sqrt_d"
+    """Scale activations so that their mean norm is sqrt(d_in), or 1, so that one learning rate
+    serves many layers and models. Folded into the weights at export."""
 
     exclude: tuple[str, ...] = ("special",)
     """Kinds of token whose activations are left out (see the cache's masks)."""
 
     seed: int = 0
-    """Of the initial weights and of the order of the activations."""
+    """Of the initial weights, and of whatever is drawn while training."""
+
+    shuffle_seed: int = 0
+    """Of the order of the activations. Runs that have it in common can be fed by one reader."""
+
+    freeze: str = "none"
+    """What is kept as it was drawn at random, for a control: "encoder", "decoder", both with
+    "all", or "soft_decoder:0.8", whose rows keep a cosine of 0.8 at least with what they began
+    as."""
+
+    dead_after: int = 1_000_000
+    """Tokens without firing after which a latent counts as dead."""
+
+    life_windows: int = 32
+    """How many times in the run it is written down how each latent does; 0 for never. See `saekit
+    inspect RUN --dead`."""
 
     checkpoint_every: int = 200
     """Steps between checkpoints: what a kill can cost at most."""
@@ -117,7 +149,8 @@ class TrainConfig(Config):
     """Steps between lines of metrics.jsonl."""
 
     def __post_init__(self) -> None:
-        for name in ("d_sae", "n_tokens", "batch_size", "checkpoint_every", "log_every"):
+        counts = ("d_sae", "n_tokens", "batch_size", "dead_after", "checkpoint_every", "log_every")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if not self.lr > 0:
@@ -127,6 +160,35 @@ class TrainConfig(Config):
                 f"lr_warmup={self.lr_warmup} and lr_decay={self.lr_decay} are shares of the same "
                 "steps: neither may be negative, and together they may not exceed 1"
             )
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ConfigError(
+                f"clip_norm={self.clip_norm} must be positive; leave it out to clip nothing"
+            )
+        if self.weight_decay < 0 or (self.weight_decay > 0 and self.optimiser != "adamw"):
+            raise ConfigError(
+                f"weight_decay={self.weight_decay} may not be negative, and only adamw has any: "
+                "set optimiser to adamw"
+            )
+        if self.life_windows < 0:
+            raise ConfigError(f"life_windows={self.life_windows} may not be negative; 0 is never")
+        self.soft_cosine  # noqa: B018  checks `freeze`
+
+    @property
+    def soft_cosine(self) -> float | None:
+        """The least cosine of a softly frozen decoder; None where it is free or quite frozen."""
+        kind, _, cosine = self.freeze.partition(":")
+        if self.freeze in ("none", "encoder", "decoder", "all"):
+            return None
+        try:
+            least = float(cosine)
+        except ValueError:
+            least = math.nan
+        if kind != "soft_decoder" or not -1 <= least <= 1:
+            raise ConfigError(
+                f"freeze='{self.freeze}' is none of: none, encoder, decoder, all, "
+                "soft_decoder:COSINE with a cosine from -1 to 1, such as soft_decoder:0.8"
+            )
+        return least
 
     @property
     def n_steps(self) -> int:

@@ -3,6 +3,9 @@ format.
 
     z = activation(x @ W_enc + b_enc),    x_hat = z @ W_dec + b_dec  (+ x @ W_skip)
 
+A matching pursuit is the exception: its latents come of several steps, each of which reads what the
+steps before have left (see `MatchingPursuit`).
+
 Whatever a trainer does to its input (centring by b_dec, scaling) is folded into these weights when
 it exports. Axes: batch, d_in, d_out (= d_in but for transcoders), d_sae (latents), k (latents kept
 a row).
@@ -43,7 +46,37 @@ class JumpReLU:
     threshold: Float[Tensor, " d_sae"]
 
 
-Activation = ReLU | TopK | JumpReLU
+@dataclass(frozen=True)
+class MatchingPursuit:
+    """x - b_dec is taken apart in steps (Mallat and Zhang 1993): each takes the latent whose
+    decoder row has the largest inner product with what is left, and that part away.
+
+    A latent's value is the sum of what it took. The SAE's decoder rows must have norm 1, its
+    encoder is their transpose, and `pre` gives the inner products of the first step. Fields may be
+    changed on a trained SAE: more steps leave less.
+    """
+
+    steps: int
+    residual: float = 0.0
+    """A row stops once what is left of it is no longer than this share of its x - b_dec. Without,
+    it goes on to fit what rounding left."""
+    signed: bool = False
+    """Take the inner product that is largest in absolute value, so that latents may be negative.
+    Otherwise a row stops where none is above 0."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ConfigError(
+                f"steps={self.steps} must be at least 1: each takes one latent of a row"
+            )
+        if not 0 <= self.residual < 1:
+            raise ConfigError(
+                f"residual={self.residual} must lie in 0..1, below 1: it is the share of a row's "
+                "length that may be left"
+            )
+
+
+Activation = ReLU | TopK | JumpReLU | MatchingPursuit
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +126,47 @@ class SAE:
             raise ConfigError(
                 f"k={self.activation.k} exceeds d_sae={d_sae}: at most all latents can be kept"
             )
+        if isinstance(self.activation, MatchingPursuit):
+            self._check_atoms()
+
+    def _check_atoms(self) -> None:
+        """What a matching pursuit asks of the weights, up to what rounding them may change."""
+        remedy = "SAE.of_atoms makes one from decoder rows of norm 1"
+        if self.W_skip is not None:
+            raise ConfigError(
+                "a matching pursuit takes x itself apart, so there can be no W_skip: leave it out"
+            )
+        if not self.W_enc.equal(self.W_dec.T):
+            raise ConfigError(
+                f"W_enc is not W_dec's transpose, as a matching pursuit asks for: {remedy}"
+            )
+        wide = torch.promote_types(self.W_dec.dtype, torch.float32)
+        allowed = max(1e-3, 2 * torch.finfo(self.W_dec.dtype).eps)
+        norm = torch.linalg.vector_norm(self.W_dec.detach(), dim=1, dtype=wide)
+        off = (norm - 1).abs()
+        if (off > allowed).any():
+            worst = int(off.argmax())
+            raise ConfigError(
+                f"W_dec's row {worst} has norm {float(norm[worst]):.4g}, and in a matching pursuit "
+                "what is left of x may grow unless it is 1: divide each row by its norm"
+            )
+        b_dec = self.b_dec.detach().to(wide)
+        apart = (self.b_enc.detach() + b_dec @ self.W_enc.detach().to(wide)).abs()
+        if (apart > allowed * b_dec.norm()).any():
+            raise ConfigError(
+                f"b_enc is not -b_dec @ W_enc, as a matching pursuit asks for: {remedy}"
+            )
+
+    @classmethod
+    def of_atoms(
+        cls,
+        W_dec: Float[Tensor, "d_sae d_in"],
+        b_dec: Float[Tensor, " d_in"],
+        activation: MatchingPursuit,
+    ) -> "SAE":
+        """A matching pursuit's SAE, whose encoder follows from its decoder."""
+        W_enc = W_dec.T
+        return cls(W_enc, -b_dec @ W_enc, W_dec, b_dec, activation)
 
     @property
     def d_in(self) -> int:
@@ -118,14 +192,20 @@ class SAE:
             case JumpReLU(threshold):
                 pre = self.pre(x)
                 return pre * (pre > threshold)
-            case TopK():
+            case TopK() | MatchingPursuit():
                 return self.encode_sparse(x).dense(self.d_sae)
 
     def encode_sparse(self, x: Float[Tensor, "batch d_in"]) -> SparseCode:
-        """Latents as (values, indices). ReLU and JumpReLU rows are padded to the widest row's
-        count."""
-        if isinstance(self.activation, TopK):
-            return SparseCode(*kernels.topk_encode(x, self.W_enc, self.b_enc, self.activation.k))
+        """Latents as (values, indices), a latent once in a row at most. ReLU and JumpReLU rows are
+        padded to the widest row's count."""
+        how = self.activation
+        if isinstance(how, TopK):
+            return SparseCode(*kernels.topk_encode(x, self.W_enc, self.b_enc, how.k))
+        if isinstance(how, MatchingPursuit):
+            values, indices, _ = kernels.matching_pursuit(
+                x - self.b_dec, self.W_dec, how.steps, how.residual, how.signed
+            )
+            return SparseCode(*kernels.merge_repeats(values, indices))
         z = self.encode(x)
         # One slot at least, so that a batch on which nothing fires still has a code.
         widest = max(1, int((z > 0).sum(-1).max())) if z.shape[0] else 1

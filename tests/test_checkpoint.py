@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from saekit import SAE, JumpReLU, ReLU, TopK, load, save
+from saekit import SAE, JumpReLU, MatchingPursuit, ReLU, TopK, load, save
+from saekit.checkpoint import fingerprint
 from saekit.errors import CheckpointError
 from saekit.sae import Activation
 
@@ -36,6 +37,21 @@ def test_every_tensor_and_the_activation_come_back(
         assert read.tensors()[name].equal(tensor), name
     x = torch.randn(9, 5)
     torch.testing.assert_close(read(x), sae(x))
+
+
+@pytest.mark.parametrize("n_atoms", [1, 7])
+def test_a_pursuit_comes_back_as_it_was(n_atoms: int, tmp_path: Path) -> None:
+    """One atom's encoder and decoder are the same memory, which a file must hold twice."""
+    atoms = torch.nn.functional.normalize(torch.randn(n_atoms, 5))
+    how = MatchingPursuit(4, residual=0.1, signed=True)
+    sae = SAE.of_atoms(atoms, torch.randn(5), how)
+    assert save(sae, tmp_path) == fingerprint(sae)
+    read = load(tmp_path)
+    assert read.activation == how
+    for name, tensor in sae.tensors().items():
+        assert read.tensors()[name].equal(tensor), name
+    x = torch.randn(9, 5)
+    torch.testing.assert_close(read.encode(x), sae.encode(x))
 
 
 def test_altered_weights_are_refused(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from saekit.activations_cache.shuffle import shuffle
 from saekit.cli import main
 from saekit.commands import inspect
 from saekit.errors import SaekitError
+from saekit.trainers._doctor import CAUSES, DEAD, STATES, examine
+from saekit.trainers._run import Columns, Run
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
@@ -357,6 +359,92 @@ def test_inspect_lists_a_models_hook_points_with_widths(
     assert code == 0
     for name in ("embed", "resid_pre.0", "attn_z.1", "mlp_hidden.1", "resid_post.1"):
         assert name in out
+
+
+def train_badly(
+    cache: ActivationCache, out: Path, capsys: pytest.CaptureFixture[str], *more: object
+) -> Path:
+    """Eighty steps at a learning rate that kills most latents at once."""
+    args = ["train", "topk", "--cache", cache.path, "--hook", "resid_post.0", "--revive", "none"]
+    args += ["--d-sae", 64, "--k", 4, "--n-tokens", 4_000, "--batch-size", 50, "--lr", 0.3]
+    args += ["--lr-warmup", 0, "--dead-after", 1_000, "--checkpoint-every", 20, *more]
+    assert run(capsys, *args, "--out", out)[0] == 0
+    return out
+
+
+def test_inspect_says_which_latents_died_and_why(
+    tiny_cache: ActivationCache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sae = train_badly(tiny_cache, tmp_path / "r", capsys)
+    code, out, err = run(capsys, "inspect", sae, "--dead")
+    assert code == 0, err
+    of = examine(sae).diagnosis
+    listed = cells(out)
+    for i, state in enumerate(STATES):
+        assert listed[state][0].split()[0] == str(int((of.state == i).sum()))
+    assert int((of.state == DEAD).sum()) >= 10
+    last = of.windows[-1]
+    assert listed["80"] == [str(n) for n in list(vars(last).values())[1:]]
+    assert listed["revive"] == ["none"]
+    (thrown,) = (i for i, cause in enumerate(CAUSES) if cause.name == "thrown out")
+    example = str(int(of.of(thrown)[0]))
+    rows = [line for line in out.splitlines() if line.startswith("│ thrown out")]
+    assert f"{len(of.of(thrown))} (" in rows[0] and example in rows[0]  # of the causes
+    assert f"{float(of.before['margin'][of.of(thrown)].median()):.3g}" in rows[1]  # of the evidence
+    assert "thrown out: its mean pre-activation sank" in out and "Try a lower --lr" in out
+
+
+def test_inspect_reads_a_run_in_training(
+    tiny_cache: ActivationCache,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    advance = Run.advance
+
+    def until_killed(self: Run, columns: Columns) -> dict[str, float]:
+        if self.step == 70:
+            raise SaekitError("killed")
+        return advance(self, columns)
+
+    monkeypatch.setattr(Run, "advance", until_killed)
+    with pytest.raises(AssertionError):
+        train_badly(tiny_cache, tmp_path / "r", capsys)
+    code, out, err = run(capsys, "inspect", tmp_path / "r")
+    assert code == 0, err
+    assert cells(out)["state"] == ["not finished: 60 steps at the last checkpoint"]
+    assert cells(out)["hook"] == ["resid_post.0"]
+    code, out, err = run(capsys, "inspect", tmp_path / "r", "--dead")
+    assert code == 0, err
+    assert "is not finished" in out and "60" in cells(out) and "80" not in cells(out)
+
+
+def test_inspect_says_where_no_latent_is_dead(
+    tiny_cache: ActivationCache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--k", 64, "--dead-after", 5_000, "--lr", 0.001]
+    sae = train_badly(tiny_cache, tmp_path / "r", capsys, *more)
+    code, out, err = run(capsys, "inspect", sae, "--dead")
+    assert code == 0, err
+    assert "No latent is dead." in out and "likely cause" not in out
+    assert "4,000 tokens were seen, and a latent is dead after 5,000 without firing" in out
+
+
+def test_inspect_refuses_to_look_for_the_dead_where_there_are_none(
+    tiny_cache: ActivationCache,
+    tiny_lm: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sae = train_badly(tiny_cache, tmp_path / "r", capsys, "--life-windows", 0)
+    for what, message in {
+        tiny_cache.path: f"{tiny_cache.path} is a cache",
+        tiny_lm: f"{tiny_lm} is no run's folder; a model has no latents",
+        "demo": "demo is no run's folder",
+        sae: "--life-windows 32",
+    }.items():
+        code, _, err = run(capsys, "inspect", what, "--dead")
+        assert code == 2 and message in err
 
 
 # {cache} holds three hooks of the tiny model, {tmp} an unknown key in run.toml and a folder of

@@ -58,9 +58,10 @@ def tables() -> ModuleType:
     return _module(ROOT / "benchmarks" / "table.py")
 
 
-def test_the_peers_tables_are_those_of_the_results_beside_them(tables: ModuleType) -> None:
-    page = (ROOT / "docs" / "peers.md").read_text(encoding="utf-8")
-    assert tables.with_tables(page, tables.load()) == page
+@pytest.mark.parametrize("name", ["peers.md", "kinds.md"])
+def test_the_tables_of_a_page_are_those_of_the_results(name: str, tables: ModuleType) -> None:
+    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    assert tables.with_tables(page, name, tables.load()) == page
 
 
 def test_every_link_leads_to_a_file() -> None:

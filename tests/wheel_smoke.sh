@@ -59,6 +59,13 @@ for product in cache/manifest.json mixed/manifest.json run/sae.safetensors run/c
   must_exist "$product"
 done
 
+sed -n '/^```toml/,/^```/p' "$readme" | grep -v '^```' >sweep.toml
+run saekit train sweep.toml
+must_exist sweep/jumprelu/sae.safetensors
+run saekit inspect sweep/topk-k8 --dead
+run saekit train jumprelu --cache cache --hook resid_post.1 --d-sae 256 --out unused --verify-resume
+[[ ! -e unused ]] || { echo "smoke: --verify-resume wrote something" >&2; exit 1; }
+
 sed -n '/^## In Python/,/^## What there is/p' "$readme" | sed -n '/^```python/,/^```/p' | grep -v '^```' >readme.py
 run python readme.py
 must_exist py-run/sae.safetensors

@@ -1,37 +1,74 @@
 """What every kind of SAE gives the training loop.
 
-A kind is one public module of this folder: a config, a `Trainer`, and `KIND = ThatTrainer`. Losses
-are sums over d_in and means over rows, already weighted; the loop adds them up and knows nothing
-else about a kind. Axes: batch, d_in, d_sae.
+A kind is one public module of this folder: a config, a `Trainer`, and `KIND = ThatTrainer`.
+
+**The loss convention.** Every term of a loss is a sum over d_in (or over latents) and a mean over
+rows, already weighted; the loop adds the terms up and knows nothing else about a kind. A
+coefficient that was published under another convention is turned into ours by
+`saekit.trainers.coefficient`. Axes: batch, d_in, d_sae.
 """
 
-from dataclasses import replace
-from typing import ClassVar
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saekit.config import TrainConfig
+from saekit.errors import ConfigError
 from saekit.sae import SAE, JumpReLU
+from saekit.trainers._dead_latents import DeadLatents
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some rows of a cache, scaled as the run's config asks; what a kind does not need is None."""
+
+    x: Float[Tensor, "batch d_in"]
+    grad: Float[Tensor, "batch d_in"] | None = None
+    """Of the model's summed next-token loss with respect to x."""
+    label: Int[Tensor, "batch 3"] | None = None
+    """Document, position and token of each row."""
 
 
 class Trainer(nn.Module):
-    """The trainable form of one kind. Every tensor that a resumed run needs is a parameter or a
-    buffer."""
+    """The trainable form of one kind.
+
+    Every tensor that a resumed run needs is a parameter or a buffer. What is drawn at random in
+    training comes from `self.generator`, which belongs to this SAE alone and is kept with it.
+    """
 
     Config: ClassVar[type[TrainConfig]]
+    NEEDS: ClassVar[frozenset[Literal["grad", "label"]]] = frozenset()
+    """What must be in a `Batch` beside x."""
+    FREEZES: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """The parameters that `freeze` means by "encoder" and by "decoder"."""
 
     def __init__(self, cfg: TrainConfig, d_in: int) -> None:
         super().__init__()
         self.cfg = cfg
         self.d_in = d_in
+        self.dead = DeadLatents(cfg.d_sae, cfg.dead_after)
+        self.step = 0
+        """How many steps were taken; the loop counts."""
+        self.generator = torch.Generator()
+
+    def to_device(self, device: str) -> None:
+        """Once, before anything is drawn."""
+        self.to(device)
+        self.generator = torch.Generator(device).manual_seed(self.cfg.seed)
 
     def initialise(self, sample: Float[Tensor, "row d_in"]) -> None:
         """Set what depends on the data, from a sample of it. Called once, before the first step."""
 
-    def losses(self, x: Float[Tensor, "batch d_in"]) -> dict[str, Float[Tensor, ""]]:
-        """The terms of the loss by name, each already weighted; `mse` is the reconstruction's."""
+    def losses(self, batch: Batch) -> dict[str, Float[Tensor, ""]]:
+        """The terms of the loss by name, each already weighted; `mse` is the reconstruction's.
+
+        Tells `self.dead` what fired. A kind that learns without gradients does so here, and its
+        losses need none.
+        """
         raise NotImplementedError
 
     def before_step(self) -> None:
@@ -40,19 +77,90 @@ class Trainer(nn.Module):
     def after_step(self) -> None:
         """After the optimiser's step: constraints."""
 
+    def replant(
+        self, batch: Batch, optimiser: torch.optim.Optimizer
+    ) -> Int[Tensor, " latent"] | None:
+        """Between steps: give dead latents new weights, where the config says that it is time.
+        Returns those that were given some."""
+        return None
+
     def metrics(self) -> dict[str, float]:
         """Figures of the last batch for the log."""
-        return {}
+        return {"dead": self.dead.share}
 
     def export(self) -> SAE:
         """The inference form, in the units that `losses` sees."""
         raise NotImplementedError
 
+    def extras(self) -> dict[str, Tensor]:
+        """What else the run leaves behind, written as `extras.safetensors`."""
+        return {}
+
+    def frozen(self) -> list[str]:
+        """The parameters that the config keeps from learning.
+
+        Raises ConfigError where the kind has no such part.
+        """
+        part = self.cfg.freeze.partition(":")[0].removeprefix("soft_")
+        if part == "none":
+            return []
+        missing = {"all": {"encoder", "decoder"}}.get(part, {part}) - self.FREEZES.keys()
+        if missing:
+            raise ConfigError(
+                f"freeze='{self.cfg.freeze}': this kind has no {' or '.join(sorted(missing))} of "
+                f"its own to freeze (it has: {', '.join(self.FREEZES) or 'none'})"
+            )
+        if self.cfg.soft_cosine is not None:
+            return []
+        parts = self.FREEZES if part == "all" else (part,)
+        return [name for one in parts for name in self.FREEZES[one]]
+
+
+def coefficient(
+    value: float,
+    convention: Literal["sum", "mean", "fvu"],
+    *,
+    d_in: int,
+    variance: float | None = None,
+    penalty: Literal["l1", "l0"] = "l1",
+    scale: float = 1.0,
+) -> float:
+    """A sparsity coefficient published under another convention, as ours (sum over d_in).
+
+    With E the squared error summed over d_in and S the penalty, both means over rows, a paper's
+    loss is E + c S ("sum": SAELens, dictionary_learning, Anthropic), E / d_in + c S ("mean"), or
+    E / variance + c S ("fvu": sparsify; `variance` about the mean, summed over d_in, in our units).
+    `scale` is our input's norm over theirs: E grows with its square, an L1 penalty with it, an L0
+    penalty not at all. Raises ConfigError for "fvu" without a variance.
+    """
+    if convention == "fvu" and variance is None:
+        raise ConfigError(
+            "convention 'fvu' divides the error by the variance of x: give variance, in the units "
+            "that training sees"
+        )
+    units = {"sum": 1.0, "mean": float(d_in), "fvu": variance or 0.0}[convention]
+    if convention == "fvu":
+        # E / variance has no units, so only the penalty's are left to undo.
+        return value * units / scale ** (1 if penalty == "l1" else 0)
+    return value * units * scale ** (1 if penalty == "l1" else 2)
+
+
+def input_scale(cfg: TrainConfig, mean_norm: float, d_in: int) -> float:
+    """What activations of a mean norm above 0 are multiplied by before training sees them."""
+    match cfg.input_scaling:
+        case "sqrt_d":
+            return math.sqrt(d_in) / mean_norm
+        case "unit":
+            return 1 / mean_norm
+        case "none":
+            return 1.0
+
 
 def fold_input_scale(sae: SAE, scale: float) -> SAE:
     """The SAE for `x` that does what this one does for `scale * x`.
 
-    Decoder rows keep their norm; latents, biases and thresholds shrink by the scale instead.
+    Decoder rows keep their norm; latents, biases and thresholds shrink by the scale instead. A
+    matching pursuit's residual threshold is relative, and stays.
     """
     activation = sae.activation
     if isinstance(activation, JumpReLU):
@@ -79,6 +187,26 @@ def project_out_rows(grad: Float[Tensor, "d_sae d_in"], W: Float[Tensor, "d_sae 
 def normalise_rows(W: Float[Tensor, "d_sae d_in"]) -> None:
     """Give each row of `W` norm 1, in place."""
     W.div_(W.norm(dim=1, keepdim=True))
+
+
+@torch.no_grad()
+def keep_near(
+    W: Float[Tensor, "d_sae d_in"], anchor: Float[Tensor, "d_sae d_in"], cosine: float
+) -> None:
+    """Move each row of `W` whose cosine with its anchor (a unit row) is less than `cosine` to the
+    nearest direction that has it, in place; norms stay."""
+    norm = W.norm(dim=1, keepdim=True)
+    along = (W * anchor).sum(1, keepdim=True)
+    across = W - along * anchor
+    width = across.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    back = cosine * anchor + math.sqrt(1 - cosine**2) * across / width
+    W.copy_(torch.where(along < cosine * norm, norm * back, W))
+
+
+def variance_of(x: Float[Tensor, "row d_in"]) -> Float[Tensor, ""]:
+    """Variance about the mean, summed over d_in. A tiny floor keeps a constant x from dividing by
+    0."""
+    return (x - x.mean(0)).square().sum(1).mean().clamp_min(1e-12)
 
 
 def geometric_median(

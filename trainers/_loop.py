@@ -1,46 +1,42 @@
-"""The loop that fits every kind of SAE: batches in, losses summed, a step, a line in the log, a
-checkpoint.
+"""The loop that fits SAEs: batches from a cache, each to every SAE that wants it.
 
-It knows no kind. A run's folder holds `config.toml` from the start, `metrics.jsonl` and
-`train_state/` while it runs, and `sae.safetensors` with `config.json` once it is done.
+It knows no kind. What one SAE does with a batch is in `_run.py`.
 """
 
 import logging
 import math
-import shutil
-import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import tomli_w
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saekit import checkpoint
 from saekit.activations_cache.reader import Reader
 from saekit.activations_cache.store import ActivationCache
-from saekit.config import TrainConfig, differences, read_toml
+from saekit.config import TrainConfig
 from saekit.errors import ConfigError, SaekitError
-from saekit.files import remove_partial, write_text
 from saekit.progress import bar
-from saekit.results import Provenance, commit, versions
 from saekit.sae import SAE
-from saekit.trainers import _state
-from saekit.trainers._base import Trainer, fold_input_scale
-from saekit.trainers._kinds import kind, name_of, names
-from saekit.trainers._log import MetricsLog
-from saekit.trainers._schedules import warm_then_decay
-from saekit.trainers._state import Position
+from saekit.trainers._run import Callback, Columns, Diverged, Run
 
 log = logging.getLogger(__name__)
 
-CONFIG = "config.toml"
 SAMPLE_ROWS = 32_768
 """Rows that data-dependent initial values are taken from (Gao et al. 2024 use as many)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """One SAE of several to train."""
+
+    config: TrainConfig
+    hook: str | None = None
+    """May be left out where the cache holds one."""
+    out: Path | str | None = None
+    callbacks: tuple[Callback, ...] = ()
 
 
 def train(
@@ -51,196 +47,131 @@ def train(
     out: Path | str | None = None,
     device: str = "cpu",
     progress: bool = False,
+    callbacks: Iterable[Callback] = (),
 ) -> SAE:
     """Fit the kind of SAE that `cfg` is the config of, to the training split of a cache.
 
     With `out`, the run is written there, can be stopped at any moment, and goes on with the same
     call. `hook` may be left out where the cache holds one. Raises ConfigError where `out` holds
-    another run, and SaekitError where the loss is no longer a number.
+    another run or the kind cannot be trained on this cache, and SaekitError where the loss is no
+    longer a number.
     """
-    hook = hook or _only_hook(cache)
-    run = _Run(cfg, cache, hook, Path(out) if out is not None else None, device)
-    done = run.finished()
-    return done if done is not None else run.fit(progress)
+    spec = RunSpec(config=cfg, hook=hook, out=out, callbacks=tuple(callbacks))
+    (sae,) = train_many([spec], cache, device=device, progress=progress)
+    return sae
 
 
-class _Run:
-    def __init__(
-        self, cfg: TrainConfig, cache: ActivationCache, hook: str, out: Path | None, device: str
-    ) -> None:
-        self.cfg, self.cache, self.hook, self.out, self.device = cfg, cache, hook, out, device
-        kinds = {kind(name).Config: kind(name) for name in names()}
-        self.kind = kinds[type(cfg)]
-        self.d_in = cache.width(hook)
-        self.settings: dict[str, Any] = {
-            "kind": name_of(self.kind),
-            "hook": hook,
-            "cache": cache.location,
-            "cache_fingerprint": cache.fingerprint,
-            **cfg.to_dict(),
-        }
+def train_many(
+    specs: Sequence[RunSpec],
+    cache: ActivationCache,
+    *,
+    device: str = "cpu",
+    progress: bool = False,
+) -> list[SAE]:
+    """Fit several SAEs to one cache; each comes out as it would alone, bit for bit.
 
-    def finished(self) -> SAE | None:
-        """The run's SAE where an earlier call finished it; makes the folder where there is none
-        yet."""
-        if self.out is None:
-            return None
-        if not (self.out / CONFIG).exists():
-            if self.out.is_dir():
-                remove_partial(self.out)
-            if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-                raise ConfigError(f"{self.out} exists and is no run of saekit: give another --out")
-            write_text(self.out / CONFIG, tomli_w.dumps(self.settings))
-            return None
-        there = read_toml(self.out / CONFIG)
-        # The cache may have been moved; its fingerprint says whether it is the same.
-        ours = {**self.settings, "cache": there.get("cache")}
-        if there != ours:
-            raise ConfigError(
-                f"{self.out} holds a run of another config ({differences(ours, there)}): give "
-                "another --out, or the config that it was begun with"
-            )
-        if (self.out / checkpoint.CONFIG).exists():
-            log.info("%s is complete", self.out)
-            return checkpoint.load(self.out)
-        remove_partial(self.out)
-        return None
+    Those that want the same rows in the same order (`batch_size`, `shuffle_seed`, `exclude`) are
+    fed by one reader. One that diverges is left where it stopped while the others go on; then
+    SaekitError is raised, with what each said.
+    """
+    folders = [Path(spec.out).resolve() for spec in specs if spec.out is not None]
+    if len(set(folders)) < len(folders):
+        raise ConfigError("two of the runs would be written to the same folder: name each its own")
+    runs = [Run(s.config, cache, s.hook, s.out, device, s.callbacks) for s in specs]
+    saes = [run.finished() for run in runs]
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for i, run in enumerate(runs):
+        if saes[i] is None:
+            cfg = run.cfg
+            groups.setdefault((cfg.batch_size, cfg.shuffle_seed, cfg.exclude), []).append(i)
+    failed: list[Diverged] = []
+    for group in groups.values():
+        for i, result in zip(
+            group, _Together([runs[i] for i in group], progress).fit(), strict=True
+        ):
+            if isinstance(result, Diverged):
+                failed.append(result)
+            else:
+                saes[i] = result
+    if len(failed) == 1:
+        raise failed[0]
+    if failed:
+        raise SaekitError("; ".join(map(str, failed)))
+    return [sae for sae in saes if sae is not None]
 
-    def fit(self, progress: bool) -> SAE:
-        with torch.random.fork_rng():
-            torch.manual_seed(self.cfg.seed)
-            trainer = self.kind(self.cfg, self.d_in).to(self.device)
-        optimiser = torch.optim.Adam(
-            trainer.parameters(), lr=self.cfg.lr, betas=self.cfg.adam_betas, fused=True
-        )
-        at = _state.load(self.out, trainer, optimiser) if self.out else None
-        if at is None:
-            at = Position(step=0, scale=self._initialise(trainer), log_bytes=0)
-        if self.out is None:
-            self._steps(trainer, optimiser, at, None, progress)
-        else:
-            with MetricsLog(self.out, at.log_bytes) as metrics:
-                self._steps(trainer, optimiser, at, metrics, progress)
-        sae = self._export(trainer, at.scale)
-        if self.out is not None:
-            checkpoint.save(sae, self.out)
-            shutil.rmtree((self.out / _state.FILE).parent, ignore_errors=True)
-        return sae
 
-    def _initialise(self, trainer: Trainer) -> float:
-        """Data-dependent initial values, from a sample of the very batches that training begins
-        with."""
-        size = self.cfg.batch_size
-        sample = torch.cat(list(islice(self._batches(0), math.ceil(SAMPLE_ROWS / size))))
-        scale = 1.0
-        if self.cfg.input_scaling == "sqrt_d":
-            norm = float(sample.norm(dim=1).mean())
-            if norm == 0:
-                raise SaekitError(
-                    f"the activations at '{self.hook}' are all zero: there is nothing to learn. "
-                    "Harvest another hook point"
-                )
-            scale = math.sqrt(self.d_in) / norm
-        trainer.initialise(sample * scale)
-        return scale
+class _Together:
+    """Runs that want the same rows in the same order."""
 
-    def _batches(self, start: int) -> Iterator[Float[Tensor, "batch d_in"]]:
-        reader = Reader(
-            self.cache,
-            (self.hook,),
+    def __init__(self, runs: Sequence[Run], progress: bool) -> None:
+        self.runs, self.progress = runs, progress
+        self.cfg = runs[0].cfg
+        self._sample: dict[str, Tensor] = {}
+
+    def fit(self) -> list[SAE | Diverged]:
+        for run in self.runs:
+            run.begin(self._sampler(run.hook))
+        self._sample = {}
+        results: dict[Run, SAE | Diverged] = {}
+        try:
+            self._steps(results)
+        finally:
+            for run in self.runs:
+                run.log.close()
+        return [results[run] for run in self.runs]
+
+    def _steps(self, results: dict[Run, SAE | Diverged]) -> None:
+        cfg, runs = self.cfg, self.runs
+        columns = sorted({column for run in runs for column in run.columns})
+        total = sum(run.cfg.n_steps for run in runs) * cfg.batch_size
+        start = min(run.step for run in runs)
+        done = sum(run.step for run in runs) * cfg.batch_size
+        with bar(self._title(), total, done=done, shown=self.progress) as shown:
+            for step, batch in enumerate(self._batches(columns, start), start):
+                for run in runs:
+                    if run in results or run.step != step:
+                        continue
+                    try:
+                        line = run.advance(batch)
+                        if run.done:
+                            results[run] = run.finish()
+                    except Diverged as error:
+                        results[run] = error
+                        (at_fault,) = islice(self._batches(run.columns, run.bad_step), 1)
+                        run.keep_batch(at_fault)
+                        log.error("%s", error)
+                        continue
+                    shown.advance(cfg.batch_size, f"ev {line['ev']:.3f}" if "ev" in line else "")
+                if len(results) == len(runs):
+                    return
+
+    def _title(self) -> str:
+        if len(self.runs) == 1:
+            return f"train {self.runs[0].settings['kind']}"
+        return f"train {len(self.runs)} SAEs"
+
+    def _batches(self, columns: Sequence[str], start: int) -> Iterator[Columns]:
+        run = self.runs[0]
+        return Reader(
+            run.cache,
+            columns,
             self.cfg.batch_size,
-            seed=self.cfg.seed,
+            seed=self.cfg.shuffle_seed,
             exclude=self.cfg.exclude,
             epochs=None,
             drop_last=True,
             start=start,
-            device=self.device,
+            device=run.device,
         )
-        return (batch[self.hook] for batch in reader)
 
-    def _steps(
-        self,
-        trainer: Trainer,
-        optimiser: torch.optim.Optimizer,
-        at: Position,
-        metrics: MetricsLog | None,
-        progress: bool,
-    ) -> None:
-        cfg, scale = self.cfg, at.scale
-        batches = self._batches(at.step)
-        done, total = at.step * cfg.batch_size, cfg.n_steps * cfg.batch_size
-        since = time.perf_counter(), at.step
-        with bar(f"train {self.settings['kind']}", total, done=done, shown=progress) as shown:
-            for step in range(at.step, cfg.n_steps):
-                x = next(batches) * scale
-                lr = cfg.lr * warm_then_decay(step, cfg.n_steps, cfg.lr_warmup, cfg.lr_decay)
-                losses = _step(trainer, optimiser, x, lr)
-                note = ""
-                if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.n_steps:
-                    line = _figures(trainer, losses, x, step)
-                    line |= {"step": step + 1, "tokens": (step + 1) * cfg.batch_size, "lr": lr}
-                    now, logged = time.perf_counter(), step + 1
-                    line["tokens_per_s"] = (logged - since[1]) * cfg.batch_size / (now - since[0])
-                    since = now, logged
-                    note = f"ev {line['ev']:.3f}"
-                    if metrics is not None:
-                        metrics.write(line)
-                shown.advance(cfg.batch_size, note)
-                if metrics is not None and (step + 1) % cfg.checkpoint_every == 0:
-                    assert self.out is not None
-                    here = replace(at, step=step + 1, log_bytes=metrics.size())
-                    _state.save(self.out, here, trainer, optimiser)
+    def _sampler(self, hook: str) -> Callable[[], Float[Tensor, "row d_in"]]:
+        """What gives a sample of the very batches that training begins with; read once a hook."""
 
-    @torch.no_grad()
-    def _export(self, trainer: Trainer, scale: float) -> SAE:
-        sae = fold_input_scale(trainer.export(), scale).to("cpu")
-        provenance = Provenance(
-            kind=self.settings["kind"],
-            hook=self.hook,
-            model=self.cache.model,
-            model_fingerprint=self.cache.model_fingerprint,
-            cache_fingerprint=self.cache.fingerprint,
-            config=self.cfg.to_dict(),
-            rows_seen=self.cfg.n_steps * self.cfg.batch_size,
-            versions=versions(),
-            commit=commit(),
-        )
-        return replace(sae, provenance=provenance)
+        def sample() -> Tensor:
+            if hook not in self._sample:
+                count = math.ceil(SAMPLE_ROWS / self.cfg.batch_size)
+                batches = islice(self._batches([hook], 0), count)
+                self._sample[hook] = torch.cat([batch[hook] for batch in batches])
+            return self._sample[hook]
 
-
-def _step(
-    trainer: Trainer, optimiser: torch.optim.Optimizer, x: Float[Tensor, "batch d_in"], lr: float
-) -> dict[str, Tensor]:
-    for group in optimiser.param_groups:
-        group["lr"] = lr
-    optimiser.zero_grad(set_to_none=True)
-    losses = trainer.losses(x)
-    torch.stack(list(losses.values())).sum().backward()
-    trainer.before_step()
-    optimiser.step()
-    trainer.after_step()
-    return {name: loss.detach() for name, loss in losses.items()}
-
-
-def _figures(
-    trainer: Trainer, losses: dict[str, Tensor], x: Float[Tensor, "batch d_in"], step: int
-) -> dict[str, float]:
-    """What the log says of a step. Raises SaekitError where a loss is no longer a number."""
-    named = {name: float(loss) for name, loss in losses.items()}
-    for name, value in named.items():
-        if not math.isfinite(value):
-            raise SaekitError(
-                f"loss '{name}' is {value} at step {step + 1}: training diverged. The last "
-                "checkpoint is kept; start a new run with a lower --lr"
-            )
-    variance = float((x - x.mean(0)).square().sum(1).mean())
-    ev = {"ev": 1 - named["mse"] / variance} if variance > 0 else {}
-    return {"loss": sum(named.values()), **named, **ev, **trainer.metrics()}
-
-
-def _only_hook(cache: ActivationCache) -> str:
-    if len(cache.hooks) == 1:
-        return next(iter(cache.hooks))
-    raise ConfigError(
-        f"{cache.url} holds several hook points ({', '.join(cache.hooks)}): say which with --hook"
-    )
+        return sample

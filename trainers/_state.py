@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from saekit.errors import CheckpointError
 from saekit.files import write_atomic
+from saekit.trainers._base import Trainer
+from saekit.trainers._life import LifeHistory
 
 FILE = Path("train_state") / "state.safetensors"
 
@@ -23,21 +25,34 @@ class Position:
     step: int
     scale: float
     """Of the input (see TrainConfig.input_scaling)."""
-    log_bytes: int
+    log_bytes: int = 0
     """Length of metrics.jsonl; what was logged after this state was written is logged again."""
+    clipped: int = 0
+    """Steps since the last line of the log whose gradient was clipped."""
 
 
-def save(run: Path, at: Position, trainer: nn.Module, optimiser: torch.optim.Optimizer) -> None:
+def save(
+    run: Path,
+    at: Position,
+    trainer: Trainer,
+    optimiser: torch.optim.Optimizer | None,
+    life: LifeHistory,
+) -> None:
     tensors = {f"trainer/{name}": t for name, t in trainer.state_dict().items()}
-    for i, slot in optimiser.state_dict()["state"].items():
-        tensors |= {f"optimiser/{i}/{name}": t for name, t in slot.items()}
+    tensors |= {f"life/{name}": t for name, t in life.tensors().items()}
+    tensors["generator"] = trainer.generator.get_state()
+    if optimiser is not None:
+        for i, slot in optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser/{i}/{name}": t for name, t in slot.items()}
     contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     metadata = {"position": json.dumps(at.__dict__)}
     write_atomic(run / FILE, lambda path: save_file(contiguous, path, metadata))
 
 
-def load(run: Path, trainer: nn.Module, optimiser: torch.optim.Optimizer) -> Position | None:
-    """Put the saved state into trainer and optimiser; None where nothing was saved yet."""
+def load(
+    run: Path, trainer: Trainer, optimiser: torch.optim.Optimizer | None, life: LifeHistory
+) -> Position | None:
+    """Put the saved state into trainer, optimiser and history; None where nothing was saved yet."""
     path = run / FILE
     if not path.exists():
         return None
@@ -51,7 +66,10 @@ def load(run: Path, trainer: nn.Module, optimiser: torch.optim.Optimizer) -> Pos
             "the start"
         ) from error
     trainer.load_state_dict(_under("trainer/", tensors))
-    _load_optimiser(optimiser, _under("optimiser/", tensors))
+    trainer.generator.set_state(tensors["generator"])
+    life.restore(_under("life/", tensors))
+    if optimiser is not None:
+        _load_optimiser(optimiser, _under("optimiser/", tensors))
     return at
 
 

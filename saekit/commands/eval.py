@@ -1,17 +1,14 @@
 """Evaluate an SAE: saekit eval NAME --sae RUN"""
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saekit.commands._shared import ConfigArgs, choice, parse, print_metrics, toml
-from saekit.errors import CacheError, ConfigError
+from saekit.commands._shared import ConfigArgs, choice, parse, print_metrics, toml, unshuffled
+from saekit.errors import ConfigError
 
 if TYPE_CHECKING:
     from saekit.activations_cache.store import ActivationCache
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,32 +46,11 @@ def run(argv: list[str]) -> None:
 
 
 def _cache_of(sae: Path) -> "ActivationCache":
-    """The cache that a run was trained on, or the one that was shuffled to make it: evaluations
-    look at whole windows of text."""
+    """The cache that a run was trained on, in the order of its text."""
     from saekit.activations_cache.store import ActivationCache
     from saekit.config import read_toml
 
     path = sae / "config.toml"
     if not path.exists():
         raise ConfigError(f"{sae} does not say which cache it was trained on: give --cache CACHE")
-    cache = trained_on = ActivationCache.open(read_toml(path)["cache"])
-    while (record := cache.manifest.shuffle) is not None:
-        try:
-            source = ActivationCache.open(record.source)
-        except CacheError as error:
-            raise CacheError(
-                f"{cache.url} is shuffled, and the cache that it was made from, {record.source}, "
-                "cannot be opened: give it where it is now, with --cache CACHE"
-            ) from error
-        if source.fingerprint != record.source_fingerprint:
-            raise CacheError(
-                f"{record.source} is not the cache any more that {cache.url} was made from "
-                f"(fingerprint {source.fingerprint[:12]}, was {record.source_fingerprint[:12]}): "
-                "give the one to evaluate on, with --cache CACHE"
-            )
-        cache = source
-    if cache is not trained_on:
-        log.info(
-            "%s is shuffled: evaluating on %s, which it was made from", trained_on.url, cache.url
-        )
-    return cache
+    return unshuffled(ActivationCache.open(read_toml(path)["cache"]))

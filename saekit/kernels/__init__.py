@@ -1,6 +1,20 @@
 """The ops that sparse autoencoders spend their time in. `reference` defines them; callers use
 these."""
 
-from saekit.kernels.eager import sparse_decode, topk_encode
+from saekit.kernels.eager import batch_topk, column_topk, encode, sparse_decode, topk_encode
+from saekit.kernels.pursuit import matching_pursuit
+from saekit.kernels.reference import Code, Rule, merge_repeats, row_offsets, rows_of
 
-__all__ = ["sparse_decode", "topk_encode"]
+__all__ = [
+    "Code",
+    "Rule",
+    "batch_topk",
+    "column_topk",
+    "encode",
+    "matching_pursuit",
+    "merge_repeats",
+    "row_offsets",
+    "rows_of",
+    "sparse_decode",
+    "topk_encode",
+]

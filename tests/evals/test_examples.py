@@ -11,7 +11,7 @@ from saekit.activations_cache.model import LanguageModel
 from saekit.errors import CacheError, ConfigError
 from saekit.evals.examples import Examples, ExamplesConfig
 from saekit.results import LatentExamples
-from saekit.sae import SAE
+from saekit.sae import SAE, MatchingPursuit
 
 HOOK = "resid_post.0"
 
@@ -168,6 +168,28 @@ def test_activations_past_the_range_of_fp16_are_cut_and_the_peak_is_not(
     examples, _ = collect(loud, tiny_cache)
     assert np.isfinite(examples.acts).all()
     assert examples.peak.max() > 65504
+
+
+def test_latents_below_zero_fire_and_show_but_make_no_example(tiny_cache: ActivationCache) -> None:
+    """A signed pursuit's, in which an atom may also come twice in a row."""
+    atoms = torch.nn.functional.normalize(torch.randn(6, 16))
+    how = MatchingPursuit(8, signed=True)
+    sae = SAE.of_atoms(atoms, torch.zeros(16), how)
+    examples, cfg = collect(sae, tiny_cache, window=6, n_contexts=5, bins=8)
+    z = sae.encode(tiny_cache.rows(HOOK, tiny_cache.indices("all"))).numpy()
+    assert 0.1 < (z < 0).mean() < 0.9
+    np.testing.assert_allclose(examples.density, (z != 0).mean(0), rtol=1e-6)
+    np.testing.assert_allclose(examples.maximum, z.max(0), rtol=1e-5)
+    for latent in range(6):
+        positive = z[:, latent][z[:, latent] > 0]
+        expected, _ = np.histogram(positive, bins=8, range=(0, float(positive.max())))
+        assert examples.histogram[latent].tolist() == expected.tolist()
+    assert (examples.peak > 0).all()
+    all_z = sae.encode(tiny_cache.row_slice(HOOK, 0, tiny_cache.n_rows))
+    _, _, tokens, acts, _ = by_brute_force(all_z, tiny_cache, cfg, 0)[0]
+    assert examples.tokens[0, 0].tolist() == tokens
+    assert examples.acts[0, 0].tolist() == pytest.approx(acts, rel=2e-3)
+    assert (examples.acts < 0).any()
 
 
 def test_excluded_rows_alter_nothing(

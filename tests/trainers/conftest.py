@@ -5,9 +5,7 @@ import torch
 from torch import Tensor
 
 from saekit import ActivationCache
-from saekit.activations_cache import shards
-from saekit.activations_cache.manifest import Manifest
-from saekit.activations_cache.storage import storage
+from saekit.activations_cache.planted import cache_of
 from saekit.trainers import _kinds
 
 D_IN, N_FEATURES, ACTIVE, N_ROWS = 32, 48, 3, 20_000
@@ -33,23 +31,5 @@ def planted(tmp_path_factory: pytest.TempPathFactory, directions: Tensor) -> Act
     which = torch.rand(N_ROWS, N_FEATURES, generator=g).topk(ACTIVE, dim=1).indices
     strength = 1 + torch.rand(N_ROWS, ACTIVE, generator=g)
     x = (strength[..., None] * directions[which]).sum(1) + torch.linspace(-1, 1, D_IN)
-    column = torch.zeros(N_ROWS, dtype=torch.int32)
-    columns = {
-        "resid_post.0": x,
-        "token": column,
-        "document": column,
-        "position": torch.arange(N_ROWS, dtype=torch.int32),
-        "mask": column.to(torch.uint8),
-    }
-    place = storage(tmp_path_factory.mktemp("planted"))
-    shard = shards.write(place, "shard-00000.safetensors", columns, ["planted"])
-    Manifest(
-        config={"holdout": 0.0, "dtype": "float32", "gradients": False},
-        model="planted",
-        model_fingerprint="planted",
-        tokenizer_fingerprint=None,
-        hooks={"resid_post.0": D_IN},
-        shards=(shard,),
-        complete=True,
-    ).save(place)
-    return ActivationCache.open(place.url)
+    grad = torch.randn(N_ROWS, D_IN, generator=g)
+    return cache_of([(x, grad)], tmp_path_factory.mktemp("planted"))

