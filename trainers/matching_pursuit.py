@@ -146,7 +146,9 @@ class MatchingPursuitTrainer(Trainer):
     ) -> Int[Tensor, " latent"] | None:
         """A dead latent takes the direction of what is left of a row, drawn by its squared loss
         and for one latent only; its moments begin at 0."""
-        if self.cfg.revive != "resample" or self.step % self.cfg.resample_every:
+        cfg = self.cfg
+        # What is planted after the last step would be exported untrained.
+        if cfg.revive != "resample" or self.step % cfg.resample_every or self.step == cfg.n_steps:
             return None
         dead = self.dead.mask.nonzero().flatten()
         *_, rest = self._pursue(batch.x)
