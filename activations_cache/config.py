@@ -24,7 +24,7 @@ class HarvestConfig(Config):
 
     model: str = "demo"
     """Model: "demo" (embedded), a folder in transformers format, or a hub id. A decoder, an
-    encoder, or a vision model."""
+    encoder, or a vision model. With #random=SEED at its end, as it was before any training."""
 
     backend: Literal["transformers", "transformer_lens"] = "transformers"
     """What runs a text model; the activations are the same."""

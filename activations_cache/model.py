@@ -17,6 +17,7 @@ from saekit.errors import ConfigError, ModelError, first_line
 __all__ = ["BACKENDS", "LanguageModel", "Model", "load", "wrap"]
 
 BACKENDS = ("transformers", "transformer_lens")
+_RANDOM = "#random="
 
 
 def load(
@@ -28,9 +29,11 @@ def load(
 ) -> Model:
     """Load "demo" (the embedded model), a folder in transformers format, or a model of the hub.
 
-    `backend` "transformer_lens" runs a language model through its TransformerBridge. Raises
-    ModelError where there is no such model, or it is of an architecture without hook points, and
-    ConfigError for another backend.
+    `name#random=SEED` is the same architecture with weights as they were before any training, drawn
+    anew with that seed: the baseline that says how much of a result is the model's. `backend`
+    "transformer_lens" runs a language model through its TransformerBridge. Raises ModelError where
+    there is no such model, or it is of an architecture without hook points, and ConfigError for
+    another backend or a seed that is no number.
     """
     from transformers import (
         AutoConfig,
@@ -42,7 +45,8 @@ def load(
 
     if backend not in BACKENDS:
         raise ConfigError(f"backend '{backend}' is unknown; there are: {', '.join(BACKENDS)}")
-    path = str(MODEL_DIR) if name == "demo" else name
+    trained, seed = _without_seed(name)
+    path = str(MODEL_DIR) if trained == "demo" else trained
     _quiet_loading()
     try:
         config = AutoConfig.from_pretrained(path)
@@ -53,8 +57,11 @@ def load(
             loader: Any = AutoModelForCausalLM
         else:
             loader = AutoModelForMaskedLM if backend == "transformer_lens" else AutoModel
-        # Other files of weights are pickles, which can run code as they are read.
-        model = loader.from_pretrained(path, dtype=dtype, use_safetensors=True)
+        if seed is None:
+            # Other files of weights are pickles, which can run code as they are read.
+            model = loader.from_pretrained(path, dtype=dtype, use_safetensors=True)
+        else:
+            model = _untrained(loader, config, seed).to(dtype)
         tokenizer = None if kind == "vision" else AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ModelError(
@@ -62,6 +69,8 @@ def load(
             "config.json, model.safetensors and tokenizer.json, or a hub id"
         ) from error
     fingerprint = fingerprints.of_files(path, model)
+    if seed is not None:
+        fingerprint = f"{fingerprint}#random={seed}"
     model = model.to(device)
     if kind == "vision":
         from saekit.activations_cache.model_vision import VisionModel, image_processor
@@ -101,6 +110,23 @@ def wrap(
 
         return VisionModel(name, fingerprint, model, processor)
     return LanguageModel(name, fingerprint, model, _given(tokenizer, name))
+
+
+def _without_seed(name: str) -> tuple[str, int | None]:
+    trained, mark, seed = name.partition(_RANDOM)
+    if not mark:
+        return name, None
+    if not seed.isdecimal():
+        raise ConfigError(f"'{name}' must end in a seed, a whole number: {trained}{_RANDOM}0")
+    return trained, int(seed)
+
+
+def _untrained(loader: Any, config: Any, seed: int) -> nn.Module:
+    """The model of a config, in float32 on the CPU, so that a seed means the same everywhere."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: nn.Module = loader.from_config(config, dtype=torch.float32)
+    return model.eval()
 
 
 def _kind(model_type: str) -> str | None:

@@ -2,6 +2,7 @@
 
     python benchmarks/bench_kinds.py                     # everything; hours on two cores
     python benchmarks/bench_kinds.py --only tree         # those of one name, or of one data
+    python benchmarks/bench_kinds.py --workers 8         # as many runs at a time, of a core each
     python benchmarks/bench_kinds.py --tools sae/bin/python dl/bin/python
     python benchmarks/table.py                           # the page from what was written
 
@@ -11,11 +12,14 @@ embedded model's residual stream has a loss: it says how much of it the SAE keep
 of the SAE as exported, on held-out rows. With `--tools`, other tools train the kinds that they have
 on the same rows in the same order, at the same rates (warm-up and decay too), and are measured as
 we are. One line for each run; a run whose line is there already is not made again, so a stopped
-benchmark goes on.
+benchmark goes on. Runs beside others (`workers` above 1) say nothing of speed.
 """
 
 import argparse
+import functools
 import json
+import multiprocessing
+import os
 import subprocess
 import tempfile
 import time
@@ -203,6 +207,8 @@ def experiments() -> Iterator[Experiment]:
     for tau in (0.05, 0.1, 0.2):
         options = {"steps": 32, "tau": tau, "n_tokens": 100_000}
         yield Experiment("itda", "demo", "itda", options)
+    for n_tokens in (50_000, 200_000, 1_000_000, 4_000_000):
+        yield Experiment("itda", "demo", "topk", {"k": 32, "n_tokens": n_tokens})
 
 
 def _all_kinds(data: str, l0: int) -> Iterator[Experiment]:
@@ -341,6 +347,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="*", help="kinds by name")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     parser.add_argument("--out", type=Path, default=Path("bench-kinds"), help="for the caches")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--tools", nargs="+", help="pythons that have another tool installed")
@@ -360,13 +367,25 @@ def main() -> None:
     ]
     done = _done(args.results)
     wanted = [(e, seed) for e, seed in wanted if ("saekit", e.key, seed) not in done]
-    opened: dict[str, Data] = {}
-    for experiment, seed in track(wanted, "runs"):
-        if experiment.data not in opened:
-            opened[experiment.data] = _open(experiment.data, args.out)
-        append(NAME, _run(experiment, seed, opened[experiment.data], args.device), args.results)
+    # Made here, so that no two workers make one.
+    for name in sorted({experiment.data for experiment, _ in wanted}):
+        _open(name, args.out)
+    if args.workers == 1:
+        lines = (_run(e, seed, args.out, args.device) for e, seed in wanted)
+        for line in track(lines, "runs", len(wanted)):
+            append(NAME, line, args.results)
+        return
+    # Not forked: a process that has a GPU's context cannot be.
+    workers = multiprocessing.get_context("spawn").Pool(
+        args.workers, torch.set_num_threads, (max(1, (os.cpu_count() or 1) // args.workers),)
+    )
+    with workers:
+        jobs = [workers.apply_async(_run, (e, seed, args.out, args.device)) for e, seed in wanted]
+        for job in track(jobs, "runs"):
+            append(NAME, {**job.get(), "workers": args.workers}, args.results)
 
 
+@functools.cache
 def _open(name: str, folder: Path) -> Data:
     return demo(folder) if name == "demo" else planted(name, folder)
 
@@ -380,7 +399,8 @@ def _done(results: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
     return {(line["impl"], line["key"], line["seed"]): line for line in lines}
 
 
-def _run(experiment: Experiment, seed: int, data: Data, device: str) -> dict[str, Any]:
+def _run(experiment: Experiment, seed: int, folder: Path, device: str) -> dict[str, Any]:
+    data = _open(experiment.data, folder)
     config = kind(experiment.kind).Config.from_dict(
         {**data.defaults, "seed": seed, **experiment.options}
     )

@@ -497,6 +497,32 @@ def test_a_folder_is_loaded_and_gives_what_the_model_in_memory_gives(
     assert loaded.tokenizer_fingerprint == again.tokenizer_fingerprint is not None
 
 
+def test_an_untrained_model_is_the_same_for_the_same_seed() -> None:
+    ids = torch.arange(12)[None]
+    models = [load(f"demo#random={seed}") for seed in (3, 3, 4)]
+    logits = [model.logits(ids) for model in models if isinstance(model, LanguageModel)]
+    trained = load("demo")
+    assert models[0].widths() == trained.widths()
+    assert models[0].fingerprint == models[1].fingerprint
+    assert len({model.fingerprint for model in (*models[1:], trained)}) == 3
+    assert torch.equal(logits[0], logits[1])
+    assert not torch.allclose(logits[0], logits[2], atol=1e-2)
+
+
+def test_drawing_weights_leaves_the_random_numbers_of_others_alone() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    load("demo#random=1")
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("name", ["demo#random=", "demo#random=x", "demo#random=-1"])
+def test_a_seed_that_is_no_number_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="must end in a seed"):
+        load(name)
+
+
 def test_fingerprints_tell_models_and_tokenizers_apart() -> None:
     built = build(DECODERS["gpt2"])
     one = wrap(built, word_tokenizer())
