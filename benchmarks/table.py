@@ -180,6 +180,8 @@ def trained(experiment: str, data: str) -> Callable[[dict[str, list[Line]]], str
         for line in newest(lines, "impl", "key", "seed"):
             groups.setdefault(f"{line['impl']} {line['key']}", []).append(line)
         shown = [name for name in _FIGURES if any(name in line for line in lines)]
+        if any("workers" in line for line in lines):
+            shown.remove("tokens_per_s")
         rows = [
             (
                 group[0]["kind"] if group[0]["impl"] == "saekit" else _named(group[0]),
@@ -220,8 +222,10 @@ PAGES: dict[str, dict[str, Callable[[dict[str, list[Line]]], str]]] = {
         "tree": trained("tree", "tree"),
         "variational": trained("variational", "demo"),
         "wrong k": trained("wrong_k", "zipf"),
+        "wrong k, apart": trained("wrong_k", "apart"),
         "itda": trained("itda", "demo"),
         "learning rate": trained("lr", "demo"),
+        "thresholds": trained("thresholds", "demo"),
     },
 }
 

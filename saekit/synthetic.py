@@ -19,6 +19,7 @@ from torch import Tensor
 
 from saekit.config import Config
 from saekit.errors import ConfigError
+from saekit.seeds import stream
 
 BLOCK = 1024
 """Rows that one seed makes."""
@@ -150,7 +151,7 @@ class Synthetic:
 
     @classmethod
     def from_config(cls, cfg: SyntheticConfig) -> "Synthetic":
-        generator = torch.Generator().manual_seed(cfg.seed)
+        generator = stream("directions", cfg.seed)
         rows = _spread(_normal(generator, cfg.n_features, cfg.d_in), cfg.orthogonal_steps)
         bias = torch.nn.functional.normalize(_normal(generator, cfg.d_in), dim=0) * cfg.bias_norm
         factor = None
@@ -209,8 +210,7 @@ class Synthetic:
         x, codes = [], []
         for block in range(start // BLOCK, -(-stop // BLOCK)):
             first = block * BLOCK
-            mixed = np.random.SeedSequence([self.seed, block]).generate_state(1, np.uint64)
-            whole = self.sample(BLOCK, torch.Generator().manual_seed(int(mixed[0])))
+            whole = self.sample(BLOCK, stream("rows", self.seed, block))
             part = slice(max(start - first, 0), stop - first)
             x.append(whole[0][part])
             codes.append(whole[1][part])
@@ -268,7 +268,7 @@ def hierarchical_tree(level: int, seed: int = 0) -> Synthetic:
     """
     if not 0 <= level < len(_TOP_MIX):
         raise ConfigError(f"level={level} must lie in 0..8: siblings have a cosine of level / 10")
-    generator = torch.Generator().manual_seed(seed)
+    generator = stream("directions", seed)
     orthonormal = torch.linalg.qr(_normal(generator, 20, 20)).Q
     directions = orthonormal.clone()
     parents, leaves = [0, 4, 8], list(range(12, 20))

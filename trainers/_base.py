@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from saekit.config import TrainConfig
 from saekit.errors import ConfigError
 from saekit.sae import SAE, JumpReLU
+from saekit.seeds import stream
 from saekit.trainers._dead_latents import DeadLatents
 
 
@@ -58,7 +59,7 @@ class Trainer(nn.Module):
     def to_device(self, device: str) -> None:
         """Once, before anything is drawn."""
         self.to(device)
-        self.generator = torch.Generator(device).manual_seed(self.cfg.seed)
+        self.generator = stream("training", self.cfg.seed, device=device)
 
     def initialise(self, sample: Float[Tensor, "row d_in"]) -> None:
         """Set what depends on the data, from a sample of it. Called once, before the first step."""

@@ -58,8 +58,9 @@ class JumpReLUConfig(PenalisedConfig):
     """Width of the window about a threshold in which pre-activations move it, in units of the root
     mean square of a coordinate of x about its mean."""
 
-    threshold_init: float = 1.0
-    """What thresholds start as, in the same units."""
+    threshold_init: float = 0.3
+    """What thresholds start as, in the same units. At 1 half of the latents of a residual stream
+    died, in every variant tried; docs/kinds.md has the figures."""
 
     threshold_lr: float = 10.0
     """How many times as fast as the other weights thresholds learn, in the same units."""
