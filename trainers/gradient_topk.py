@@ -42,7 +42,7 @@ class GradientTopKConfig(TopKConfig):
     """Gradient SAE (g-SAE): a TopK SAE that chooses by activation and by effect on the model's loss
     while it trains. Wants a cache with gradients."""
 
-    beta: float = 1.0
+    beta: float = 0.3
     """Weight of a latent's effect on the loss in the choice, where the mean effect is 1; 0 is plain
     TopK. Worth a sweep: 0.1, 0.3, 1, 3."""
 

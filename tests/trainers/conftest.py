@@ -11,7 +11,7 @@ from saekit.trainers import _kinds
 D_IN, N_FEATURES, ACTIVE, N_ROWS = 32, 48, 3, 20_000
 
 
-@pytest.fixture(params=_kinds.names())
+@pytest.fixture(scope="module", params=_kinds.names())
 def any_kind(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
