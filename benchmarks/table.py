@@ -174,7 +174,9 @@ def trained(experiment: str, data: str) -> Callable[[dict[str, list[Line]]], str
         lines = [
             line
             for line in results.get("kinds", [])
-            if line["experiment"] == experiment and line["data"].startswith(data)
+            if line["op"] == "train"
+            and line["experiment"] == experiment
+            and line["data"].startswith(data)
         ]
         groups: dict[str, list[Line]] = {}
         for line in newest(lines, "impl", "key", "seed"):
@@ -208,6 +210,59 @@ def _mean(values: list[float], name: str) -> str:
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):,.{digits}f}"
 
 
+def step(results: dict[str, list[Line]]) -> str:
+    lines = [line for line in results.get("train", []) if line["op"] == "step"]
+    rows = [
+        (
+            line["kind"],
+            f"{hardware(line)}, {line['precision']}",
+            f"{line['d_in']}, {line['d_sae']}, {line['batch']}",
+            f"{line['l0']:g}",
+            f"{line['tokens_per_s']:,}",
+            f"{1e3 * line['seconds']['median']:,.0f}",
+            f"{1e3 * line['plain_seconds']['median']:,.0f}",
+            _spread(line),
+        )
+        for line in newest(lines, "kind", "device", "gpu", "cpu", "d_in", "d_sae", "precision")
+    ]
+    columns = ("kind", "on", "d_in, latents, batch", "L0", "tokens/s", "ms a step")
+    return markdown((*columns, "plain PyTorch ms", "times as fast"), rows)
+
+
+def together(results: dict[str, list[Line]]) -> str:
+    lines = [line for line in results.get("train", []) if line["op"] == "together"]
+    rows = [
+        (
+            f"{line['saes']} of {line['kind']}",
+            f"{hardware(line)}, {line['precision']}",
+            f"{line['d_in']}, {line['d_sae']}, {line['batch']}",
+            f"{line['seconds']['median']:,.1f}",
+            f"{line['apart_seconds']['median']:,.1f}",
+            _spread(line),
+        )
+        for line in newest(lines, "kind", "device", "gpu", "cpu", "d_in", "d_sae", "precision")
+    ]
+    columns = ("SAEs", "on", "d_in, latents, batch", "seconds together", "one after the other")
+    return markdown((*columns, "times as fast"), rows)
+
+
+def layers(results: dict[str, list[Line]]) -> str:
+    """How alike the ITDA dictionaries of two models' layers are."""
+    lines = [line for line in results.get("kinds", []) if line["op"] == "jaccard"]
+    rows = [
+        (
+            f"{line['jitter']:g}",
+            line["hooks"][i],
+            *(f"{value:.3f}" for value in row),
+            "yes" if max(range(len(row)), key=lambda j: row[j]) == i else "no",
+        )
+        for line in newest(lines, "jitter")
+        for i, row in enumerate(line["jaccard"])
+    ]
+    hooks = lines[-1]["hooks"] if lines else []
+    return markdown(("jitter", "layer", *hooks, "its own is nearest"), rows)
+
+
 PAGES: dict[str, dict[str, Callable[[dict[str, list[Line]]], str]]] = {
     "peers.md": {"harvest": harvest, "text to disk": text_to_disk, "reader": reader},
     "kinds.md": {
@@ -224,8 +279,11 @@ PAGES: dict[str, dict[str, Callable[[dict[str, list[Line]]], str]]] = {
         "wrong k": trained("wrong_k", "zipf"),
         "wrong k, apart": trained("wrong_k", "apart"),
         "itda": trained("itda", "demo"),
+        "layers": layers,
         "learning rate": trained("lr", "demo"),
         "thresholds": trained("thresholds", "demo"),
+        "step": step,
+        "together": together,
     },
 }
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from saekit.errors import ConfigError
+from saekit.seeds import stream
 from saekit.synthetic import (
     BLOCK,
     Detection,
@@ -64,6 +65,18 @@ def test_a_config_makes_the_same_rows_again_and_another_seed_others() -> None:
     assert first.rows(0, 50)[1].equal(again.rows(0, 50)[1])
     assert not first.directions.equal(other.directions)
     assert not first.rows(0, 50)[1].equal(replace(first, seed=4).rows(0, 50)[1])
+
+
+def test_an_sae_of_the_same_seed_does_not_begin_at_the_directions() -> None:
+    """Whatever others draw after `manual_seed`, and in the training of an SAE."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        plain = torch.randn(64, 32)
+        ours = torch.randn(64, 32, generator=stream("training", seed))
+        cfg = SyntheticConfig(n_features=64, d_in=32, seed=seed, orthogonal_steps=0)
+        directions = Synthetic.from_config(cfg).directions
+        assert recovery(plain, directions).mcc < 0.6
+        assert recovery(ours, directions).mcc < 0.6
 
 
 def test_features_fire_as_often_as_they_are_said_to() -> None:

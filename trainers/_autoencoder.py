@@ -18,8 +18,9 @@ from saekit.config import TrainConfig
 from saekit.errors import ConfigError
 from saekit.trainers._base import (
     Batch,
+    Centre,
     Trainer,
-    geometric_median,
+    centre,
     keep_near,
     normalise_rows,
     project_out_rows,
@@ -32,7 +33,7 @@ from saekit.trainers._base import (
 class AutoencoderConfig(TrainConfig):
     """What every kind with an encoder and a decoder matrix is trained with."""
 
-    b_dec_init: Literal["geometric_median", "mean", "zero"] = "geometric_median"
+    b_dec_init: Centre = "geometric_median"
     """What the decoder bias starts as, over a sample of the activations."""
 
     revive: Literal["none", "auxk", "resample", "ghost"] | None = "none"
@@ -54,6 +55,11 @@ class AutoencoderConfig(TrainConfig):
         if self.k_aux is not None and self.k_aux < 1:
             raise ConfigError(
                 f"k_aux={self.k_aux} must be at least 1; auxk_coef=0 switches AuxK off"
+            )
+        if self.revive == "auxk" and self.auxk_coef > 0 and self.batch_size < 2:
+            raise ConfigError(
+                f"batch_size={self.batch_size} must be at least 2 with revive='auxk', which "
+                "divides by the variance of a batch's errors"
             )
         if self.auxk_coef < 0:
             raise ConfigError(f"auxk_coef={self.auxk_coef} may not be negative: it weighs a loss")
@@ -94,13 +100,7 @@ class Autoencoder(Trainer):
     @torch.no_grad()
     def initialise(self, sample: Float[Tensor, "row d_in"]) -> None:
         self.variance.copy_(variance_of(sample))
-        match self.cfg.b_dec_init:
-            case "geometric_median":
-                self.b_dec.copy_(geometric_median(sample))
-            case "mean":
-                self.b_dec.copy_(sample.mean(0))
-            case "zero":
-                self.b_dec.zero_()
+        self.b_dec.copy_(centre(sample, self.cfg.b_dec_init))
 
     def reconstruct(
         self, code: kernels.Code, centred: Float[Tensor, "batch d_in"]

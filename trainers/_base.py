@@ -210,6 +210,21 @@ def variance_of(x: Float[Tensor, "row d_in"]) -> Float[Tensor, ""]:
     return (x - x.mean(0)).square().sum(1).mean().clamp_min(1e-12)
 
 
+Centre = Literal["geometric_median", "mean", "zero"]
+"""What a decoder bias starts as."""
+
+
+def centre(x: Float[Tensor, "row d_in"], which: Centre) -> Float[Tensor, " d_in"]:
+    """Of the rows: their geometric median, their mean, or 0."""
+    match which:
+        case "geometric_median":
+            return geometric_median(x)
+        case "mean":
+            return x.mean(0)
+        case "zero":
+            return torch.zeros_like(x[0])
+
+
 def geometric_median(
     x: Float[Tensor, "row d_in"], *, tolerance: float = 1e-6, max_steps: int = 100
 ) -> Float[Tensor, " d_in"]:

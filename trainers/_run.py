@@ -152,7 +152,7 @@ class Run:
         scale = input_scale(self.cfg, norm, self.d_in)
         x = sample * scale
         self.trainer.initialise(x)
-        if self.cfg.life_windows:
+        if self._windows:
             self.life.end_window(0, 0, self.trainer.export(), self.trainer.dead, x)
         return scale
 
@@ -201,13 +201,18 @@ class Run:
             _state.save(self.out, self.at, trainer, self.optimiser, self.life)
         return line
 
+    @property
+    def _windows(self) -> int:
+        """Of the life history; a run that leaves nothing behind has none."""
+        return self.cfg.life_windows if self.out is not None else 0
+
     def _window(self, step: int) -> int:
         """Which window of the life history the step of this number falls into."""
-        return step * self.cfg.life_windows // self.cfg.n_steps
+        return step * self._windows // self.cfg.n_steps
 
     def _first_step(self, window: int) -> int:
         """Of a window."""
-        return -(-window * self.cfg.n_steps // max(1, self.cfg.life_windows))
+        return -(-window * self.cfg.n_steps // max(1, self._windows))
 
     def _batch(self, columns: Columns) -> Batch:
         scale = self.at.scale

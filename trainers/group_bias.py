@@ -36,8 +36,9 @@ from saekit.errors import ConfigError
 from saekit.sae import SAE, JumpReLU
 from saekit.trainers._base import (
     Batch,
+    Centre,
     Trainer,
-    geometric_median,
+    centre,
     keep_near,
     normalise_rows,
     project_out_rows,
@@ -81,7 +82,7 @@ class GroupBiasConfig(TrainConfig):
     scale: Literal["fixed", "learned"] = "fixed"
     """What a latent's output is multiplied by: 1, or a factor of its own."""
 
-    b_dec_init: Literal["geometric_median", "mean", "zero"] = "geometric_median"
+    b_dec_init: Centre = "geometric_median"
     """What the decoder bias starts as, over a sample of the activations."""
 
     input_scaling: Literal["sqrt_d", "unit", "none"] = "unit"
@@ -150,13 +151,7 @@ class GroupBiasTrainer(Trainer):
 
     @torch.no_grad()
     def initialise(self, sample: Float[Tensor, "row d_in"]) -> None:
-        match self.cfg.b_dec_init:
-            case "geometric_median":
-                self.b_dec.copy_(geometric_median(sample))
-            case "mean":
-                self.b_dec.copy_(sample.mean(0))
-            case "zero":
-                self.b_dec.zero_()
+        self.b_dec.copy_(centre(sample, self.cfg.b_dec_init))
 
     def losses(self, batch: Batch) -> dict[str, Float[Tensor, ""]]:
         centred = batch.x - self.b_dec

@@ -40,8 +40,9 @@ from saekit.sae import SAE, MatchingPursuit
 from saekit.trainers._autoencoder import forget
 from saekit.trainers._base import (
     Batch,
+    Centre,
     Trainer,
-    geometric_median,
+    centre,
     keep_near,
     normalise_rows,
     project_out_rows,
@@ -62,7 +63,7 @@ class MatchingPursuitConfig(TrainConfig):
     """Share of a token's length (of x - b_dec) at or below which what is left is not looked at any
     more."""
 
-    b_dec_init: Literal["geometric_median", "mean", "zero"] = "geometric_median"
+    b_dec_init: Centre = "geometric_median"
     """What the decoder bias starts as, over a sample of the activations."""
 
     learn_b_dec: bool = True
@@ -107,13 +108,7 @@ class MatchingPursuitTrainer(Trainer):
 
     @torch.no_grad()
     def initialise(self, sample: Float[Tensor, "row d_in"]) -> None:
-        match self.cfg.b_dec_init:
-            case "geometric_median":
-                self.b_dec.copy_(geometric_median(sample))
-            case "mean":
-                self.b_dec.copy_(sample.mean(0))
-            case "zero":
-                self.b_dec.zero_()
+        self.b_dec.copy_(centre(sample, self.cfg.b_dec_init))
 
     def _pursue(
         self, x: Float[Tensor, "batch d_in"]

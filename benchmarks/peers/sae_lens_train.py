@@ -32,6 +32,7 @@ def fit(job: Job, batches: Iterator[torch.Tensor], d_in: int) -> tuple[Any, Weig
             total_training_samples=job["n_steps"] * job["batch_size"],
             train_batch_size_samples=job["batch_size"],
             lr=job["lr"],
+            lr_end=job["lr"] / 10,  # what its own runner sets
             lr_warm_up_steps=job["warmup"],
             lr_decay_steps=job["decay"],
             dead_feature_window=max(1, job["dead_after"] // job["batch_size"]),

@@ -45,7 +45,13 @@ def test_export_keeps_exactly_k_latents_at_most() -> None:
     assert (sae.encode(torch.randn(50, 6)) > 0).sum(1).max() <= 2
 
 
-@pytest.mark.parametrize(("option", "message"), [({"k": 13}, "k=13 must lie in 1..d_sae=12")])
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"k": 13}, "k=13 must lie in 1..d_sae=12"),
+        ({"k": 1, "batch_size": 1}, "batch_size=1 must be at least 2 with revive='auxk'"),
+    ],
+)
 def test_bad_values_are_refused_with_the_rule(option: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TopKConfig(d_sae=12, **option)  # type: ignore[arg-type]
