@@ -108,7 +108,7 @@ def planted(name: str, folder: Path) -> Data:
         defaults: dict[str, Any] = {"d_sae": 20, "batch_size": 200, "n_tokens": 1_000_000}
     else:
         synthetic = Synthetic.from_config(PLANTED[name])
-        defaults = {"d_sae": 256, "batch_size": 512, "n_tokens": 1_000_000, "lr": 2e-3}
+        defaults = {"d_sae": 256, "batch_size": 512, "n_tokens": 1_000_000, "lr": 4e-3}
     defaults |= {"dead_after": 50_000, "checkpoint_every": 100_000, "life_windows": 0}
     gradient = _gradient(synthetic)
     path = folder / name
@@ -217,6 +217,10 @@ def experiments() -> Iterator[Experiment]:
             yield Experiment("lr", "demo", name, {"k": 32, "lr": lr})
         for name in ("jumprelu", "relu"):
             yield Experiment("lr", "demo", name, {"target_l0": 32.0, "lr": lr})
+    for norm in (1.0, 0.25, 0.1):
+        for name in ("topk", "batch_topk"):
+            yield Experiment("encoder", "demo", name, {"k": 32, "encoder_norm": norm})
+            yield Experiment("encoder", "zipf", name, {"k": TRUE_L0, "encoder_norm": norm})
     for start in (0.1, 0.3, 1.0):
         options = {"target_l0": 32.0, "threshold_init": start}
         yield Experiment("thresholds", "demo", "jumprelu", options)
@@ -242,7 +246,7 @@ def _all_kinds(data: str, l0: int) -> Iterator[Experiment]:
     yield Experiment("kinds", data, "topk", {"k": l0, "freeze": "decoder"})
 
 
-RATES = (1e-3, 3e-3, 8e-3)
+RATES = (1e-3, 4e-3, 1e-2)
 """Learning rates that each tool is tried with; more seeds follow with the best."""
 SHARED = ("topk", "batch_topk", "jumprelu")
 """Kinds that other tools have, too."""
@@ -349,16 +353,20 @@ def _other(
     told = json.loads(said.splitlines()[-1])
     weights = load_file(out)
     threshold = weights.pop("threshold", None)
-    activation = TopK(l0) if threshold is None else JumpReLU(threshold)
+    norm = weights["W_dec"].norm(dim=1).clamp_min(1e-12)
+    if threshold is None:
+        assert torch.allclose(norm, torch.ones_like(norm), atol=1e-3), "rows of W_dec of norm 1"
+        activation: TopK | JumpReLU = TopK(l0)
+    else:
+        activation = JumpReLU(threshold * norm)
+    # A latent in units of what it adds to x_hat, as ours are; what it adds stays.
     sae = SAE(
-        W_enc=weights["W_enc"],
-        b_enc=weights["b_enc"],
-        W_dec=weights["W_dec"],
+        W_enc=weights["W_enc"] * norm,
+        b_enc=weights["b_enc"] * norm,
+        W_dec=weights["W_dec"] / norm[:, None],
         b_dec=weights["b_dec"],
         activation=activation,
     )
-    norm = sae.W_dec.norm(dim=1).clamp_min(1e-12)
-    assert torch.allclose(norm, torch.ones_like(norm), atol=1e-3), "rows of W_dec of norm 1"
     return fold_input_scale(sae, scale), {**told["versions"], "seconds": told["seconds"]}
 
 

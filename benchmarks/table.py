@@ -282,6 +282,8 @@ PAGES: dict[str, dict[str, Callable[[dict[str, list[Line]]], str]]] = {
         "layers": layers,
         "learning rate": trained("lr", "demo"),
         "thresholds": trained("thresholds", "demo"),
+        "encoder on demo": trained("encoder", "demo"),
+        "encoder on zipf": trained("encoder", "zipf"),
         "step": step,
         "together": together,
     },

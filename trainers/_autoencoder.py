@@ -3,7 +3,8 @@ constraints, and how dead latents are revived.
 
     pre = (x - b_dec) @ W_enc + b_enc,   x_hat = z @ W_dec + b_dec
 
-Rows of W_dec have norm 1 unless a kind says otherwise. W_enc begins as W_dec's transpose.
+Rows of W_dec have norm 1 unless a kind says otherwise. W_enc begins as W_dec's transpose, made
+shorter: latents that start small compete for what is there instead of adding up to too much.
 """
 
 from dataclasses import dataclass
@@ -36,6 +37,10 @@ class AutoencoderConfig(TrainConfig):
     b_dec_init: Centre = "geometric_median"
     """What the decoder bias starts as, over a sample of the activations."""
 
+    encoder_norm: float | None = None
+    """Norm of the columns of W_enc at first; where not given, what the kind does best with, and 1
+    where they are frozen."""
+
     revive: Literal["none", "auxk", "resample", "ghost"] | None = "none"
     """How dead latents are brought back: an auxiliary loss on the error ("auxk", Gao et al. 2024;
     "ghost", Jermyn and Templeton 2024), or new weights from rows with a high error ("resample",
@@ -52,6 +57,11 @@ class AutoencoderConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.encoder_norm is not None and not self.encoder_norm > 0:
+            raise ConfigError(
+                f"encoder_norm={self.encoder_norm:g} must be positive: a column of zeros has no "
+                "direction to learn"
+            )
         if self.k_aux is not None and self.k_aux < 1:
             raise ConfigError(
                 f"k_aux={self.k_aux} must be at least 1; auxk_coef=0 switches AuxK off"
@@ -88,14 +98,19 @@ class Autoencoder(Trainer):
         super().__init__(cfg, d_in)
         rows = unit_rows(cfg.d_sae, d_in)
         self.W_dec = nn.Parameter(rows)
+        norm = cfg.encoder_norm or (1.0 if "W_enc" in self.frozen() else self.encoder_norm())
         # Transposed in memory: a latent's encoder weights lie together, as its gradient is made.
-        self.W_enc = nn.Parameter(rows.clone().T)
+        self.W_enc = nn.Parameter((norm * rows).T)
         self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
         self.register_buffer("variance", torch.ones(()))
         self.register_buffer("l0", torch.zeros(()), persistent=False)
         if cfg.soft_cosine is not None:
             self.register_buffer("anchor", rows.clone())
+
+    def encoder_norm(self) -> float:
+        """Of the columns of W_enc at first, where the config does not say."""
+        return 0.25
 
     @torch.no_grad()
     def initialise(self, sample: Float[Tensor, "row d_in"]) -> None:

@@ -77,7 +77,8 @@ CAUSES = (
     ),
     Cause(
         "weights shrank",
-        f"its encoder or its decoder is shorter than {SHRUNKEN:g} of the living's median",
+        f"its encoder or its decoder is shorter than {SHRUNKEN:g} of the living's median, and "
+        "than half of what latents begin with",
         "less --weight-decay or a weaker sparsity penalty",
     ),
     Cause(
@@ -386,9 +387,14 @@ def diagnose(
     usual = sunk[living].median().clamp_min(0) if living.any() else sunk.new_zeros(())
     # What could not have fired at the start did not die of a fall, however far it moved since.
     fell = (start["top"] > 0) & (sunk >= FALL)
+    # What began short and did not learn has not shrunk.
+    short = {
+        side: (after[side] < SHRUNKEN) & (after[side] < figures[side][0].median() / 2)
+        for side in ("encoder norm", "decoder norm")
+    }
     needs = {
         "just replanted": (planted[-1] > last[-1]) & (life["since"][-1] < dead_after),
-        "weights shrank": torch.minimum(after["encoder norm"], after["decoder norm"]) < SHRUNKEN,
+        "weights shrank": short["encoder norm"] | short["decoder norm"],
         "duplicate": cosine > TWIN,
         "thrown out": fell & (fall >= SUDDEN * sunk) & (n > WINDOWS),
         "pushed away": fell & ((sunk - usual >= FALL) | (after["top"] <= 0)),

@@ -43,10 +43,6 @@ class PenalisedConfig(AutoencoderConfig):
     sparsity_warmup: float = 0.05
     """Share of the steps over which a fixed coefficient rises from 0."""
 
-    encoder_norm: float | None = None
-    """Norm of the columns of W_enc at first; where not given, d_in / d_sae, but at most 1, and 1
-    where they are frozen."""
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.target_l0 is not None and not 0 < self.target_l0 <= self.d_sae:
@@ -63,11 +59,6 @@ class PenalisedConfig(AutoencoderConfig):
             raise ConfigError(
                 f"sparsity_warmup={self.sparsity_warmup:g} must lie in 0..1: it is a share of the "
                 "steps"
-            )
-        if self.encoder_norm is not None and not self.encoder_norm > 0:
-            raise ConfigError(
-                f"encoder_norm={self.encoder_norm:g} must be positive: a column of zeros has no "
-                "direction to learn"
             )
 
 
@@ -193,11 +184,11 @@ class Penalised(Autoencoder):
         super().__init__(cfg, d_in)
         self.coefficient = Coefficient(cfg, self.COEFFICIENT)
         self.register_buffer("density", torch.ones(()))
-        if "W_enc" not in self.frozen():
-            # With rows of norm 1, columns of norm 1 would begin with an x_hat that is too long by a
-            # factor of d_sae / d_in, and learning with getting rid of that.
-            with torch.no_grad():
-                self.W_enc.mul_(cfg.encoder_norm or min(1.0, d_in / cfg.d_sae))
+
+    def encoder_norm(self) -> float:
+        # With rows of norm 1, columns of norm 1 would begin with an x_hat that is too long by a
+        # factor of d_sae / d_in, and learning with getting rid of that.
+        return min(1.0, self.d_in / self.cfg.d_sae)
 
     def guess(self, target_l0: float) -> float:
         """About the coefficient that leads to an L0, for a search to begin near."""

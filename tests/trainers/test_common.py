@@ -100,8 +100,10 @@ def test_losses_fall_and_the_planted_dictionary_is_recovered(
     any_kind: str, planted: ActivationCache, directions: Tensor, tmp_path: Path
 ) -> None:
     how: dict[str, Any] = {"n_tokens": 100_000, "batch_size": 400, "lr": 2e-2}
-    if any_kind in ("feature_choice", "gated", "relu"):
+    if any_kind in ("gated", "relu"):
         how = {"n_tokens": 120_000, "lr": 1e-2}
+    if any_kind == "feature_choice":
+        how = {"n_tokens": 120_000, "lr": 6e-3}
     if any_kind == "group_bias":  # biases adapt slowly
         how = {"n_tokens": 200_000, "lr": 6e-3}
     if any_kind in GATHERED:

@@ -73,7 +73,7 @@ def fit(
                 each(self)
 
     usual: dict[str, Any] = {"d_sae": 96, "k": 3, "n_tokens": 40_000, "batch_size": 200, "lr": 3e-3}
-    usual |= {"dead_after": 8_000, "revive": "none", "checkpoint_every": 50}
+    usual |= {"dead_after": 8_000, "revive": "none", "checkpoint_every": 50, "encoder_norm": 1.0}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TopKTrainer, "initialise", start)
         patch.setattr(TopKTrainer, "after_step", go_on)
@@ -115,6 +115,18 @@ def ill(planted: ActivationCache, tmp_path_factory: pytest.TempPathFactory) -> P
 def test_what_was_done_to_a_latent_is_named(cause: str, ill: Path) -> None:
     of = examine(ill).diagnosis
     assert names(of, DONE_TO[cause]) == 4 * [cause]
+
+
+def test_what_began_short_and_did_not_learn_has_not_shrunk(
+    planted: ActivationCache, tmp_path: Path
+) -> None:
+    def below(model: TopKTrainer) -> None:
+        model.b_enc[BELOW] = -100
+
+    fit(planted, tmp_path / "run", first=below, encoder_norm=0.02, lr=2e-2)
+    of = examine(tmp_path / "run").diagnosis
+    assert of.after["encoder norm"][BELOW].max() < 0.1
+    assert names(of, BELOW) == 4 * ["below zero"]
 
 
 def test_most_other_latents_are_given_no_cause(ill: Path) -> None:

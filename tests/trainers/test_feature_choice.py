@@ -12,7 +12,14 @@ from saekit.trainers._base import Batch
 from saekit.trainers.feature_choice import FeatureChoiceConfig, FeatureChoiceTrainer
 from saekit.trainers.mutual_choice import MutualChoiceConfig, MutualChoiceTrainer
 
-SIZES = {"d_sae": 12, "k": 2, "batch_size": 40, "n_tokens": 4_000, "zipf": False}
+SIZES = {
+    "d_sae": 12,
+    "k": 2,
+    "batch_size": 40,
+    "n_tokens": 4_000,
+    "zipf": False,
+    "encoder_norm": 1.0,
+}
 
 
 def trainer(**options: float) -> FeatureChoiceTrainer:
@@ -158,7 +165,7 @@ def test_no_latent_is_dead_under_the_exported_thresholds(
     ours = fired(FeatureChoiceConfig(**sizes))  # type: ignore[arg-type]
     lines = (tmp_path / "FeatureChoiceConfig" / "metrics.jsonl").read_text().splitlines()
     trained = json.loads(lines[-1])["l0"]
-    assert (ours.sum(0) == 0).float().mean() < 0.02
+    assert (ours.sum(0) == 0).float().mean() < 0.05
     assert float(ours.sum(1).mean()) == pytest.approx(trained, rel=0.1)
     theirs = fired(MutualChoiceConfig(**sizes, zipf=False))  # type: ignore[arg-type]
     assert (theirs.sum(0) == 0).float().mean() > 0.2

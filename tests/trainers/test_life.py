@@ -73,7 +73,7 @@ def test_the_first_record_is_of_the_initial_weights(
     sae = train(config(), planted, out=tmp_path / "run")
     life = load_file(tmp_path / "run" / _life.FILE)
     assert int(life["rows"][0]) == 0 and not life["fired"][0].any() and not life["since"][0].any()
-    torch.testing.assert_close(life["enc_norm"][0], torch.ones(96))
+    torch.testing.assert_close(life["enc_norm"][0], torch.full((96,), 0.25))
     torch.testing.assert_close(life["enc_norm"][-1], sae.W_enc.norm(dim=0))
     assert not life["enc_norm"][1].equal(life["enc_norm"][0])
 

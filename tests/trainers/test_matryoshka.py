@@ -59,7 +59,7 @@ def test_the_first_group_holds_what_helps_most() -> None:
         torch.manual_seed(0)
         features = torch.linalg.qr(torch.randn(16, 16)).Q
         often = torch.tensor([0.3] * 4 + [0.05] * 12)
-        cfg = MatryoshkaConfig(d_sae=16, k=2, groups=groups, b_dec_init="zero")
+        cfg = MatryoshkaConfig(d_sae=16, k=2, groups=groups, b_dec_init="zero", encoder_norm=1.0)
         model = MatryoshkaTrainer(cfg, 16)
         optimiser = torch.optim.Adam(model.parameters(), lr=0.03)
         for _ in range(250):

@@ -10,7 +10,7 @@ from saekit.trainers.mutual_choice import MutualChoiceConfig, MutualChoiceTraine
 
 
 def trainer(**options: float | None) -> MutualChoiceTrainer:
-    sizes = {"d_sae": 12, "k": 2, "batch_size": 40, "dead_after": 1_000_000}
+    sizes = {"d_sae": 12, "k": 2, "batch_size": 40, "dead_after": 1_000_000, "encoder_norm": 1.0}
     cfg = MutualChoiceConfig(**{**sizes, **options})  # type: ignore[arg-type]
     model = MutualChoiceTrainer(cfg, 6)
     model.initialise(torch.randn(50, 6))

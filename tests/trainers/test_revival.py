@@ -49,6 +49,7 @@ def pushed_below_zero(revive: Revive) -> tuple[int, float]:
         auxk_coef=1.0,
         resample_every=50,
         b_dec_init="mean",
+        encoder_norm=1.0,
     )
     model = TopKTrainer(cfg, 12)
     x = 3 * torch.eye(12)[torch.randint(12, (200,))] + 0.1 * torch.randn(200, 12)

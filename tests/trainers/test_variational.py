@@ -16,7 +16,9 @@ D_IN, D_SAE, K = 6, 12, 3
 
 def trainer(**options: Any) -> VariationalTrainer:
     """One whose KL has its full weight."""
-    cfg = VariationalConfig(**{"d_sae": D_SAE, "k": K, "kl_warmup": 0.0, **options})
+    cfg = VariationalConfig(
+        **{"d_sae": D_SAE, "k": K, "kl_warmup": 0.0, "encoder_norm": 1.0, **options}
+    )
     model = VariationalTrainer(cfg, D_IN)
     with torch.no_grad():
         model.b_enc.normal_(std=0.3)
