@@ -278,14 +278,12 @@ def against(
                         config = kind(name).Config.from_dict(
                             {**data.defaults, **given, "lr": lr, "seed": seed}
                         )
-                        begun = time.perf_counter()
-                        versions: dict[str, Any] = {}
+                        versions: dict[str, str] = {}
                         if python is None:
                             sae = train(config, data.cache)
                         else:
                             sae, versions = _other(tool, python, name, l0, config, rows, scale)
-                        seconds = time.perf_counter() - begun
-                        line = {
+                        line: dict[str, Any] = {
                             "op": "train",
                             "impl": tool,
                             "experiment": "tools",
@@ -299,10 +297,8 @@ def against(
                             "d_sae": sae.d_sae,
                             "n_tokens": config.n_tokens,
                             "peer_versions": versions,
-                            "seconds": round(versions.pop("seconds", seconds), 2),
                             **{n: round(value, 6) for n, value in data.figures(sae).items()},
                         }
-                        line["tokens_per_s"] = round(config.n_tokens / line["seconds"])
                         append(NAME, line, results)
                         best.setdefault(lr, line["ev"])
 
@@ -323,8 +319,8 @@ def _rows(data: Data, folder: Path) -> tuple[Path, float]:
 
 def _other(
     tool: str, python: str, name: str, l0: int, config: TrainConfig, rows: Path, scale: float
-) -> tuple[SAE, dict[str, Any]]:
-    """What another tool makes of the rows, and in how many seconds."""
+) -> tuple[SAE, dict[str, str]]:
+    """What another tool makes of the rows, and which versions of what did."""
     job = {
         "kind": name,
         "l0": l0,
@@ -367,7 +363,7 @@ def _other(
         b_dec=weights["b_dec"],
         activation=activation,
     )
-    return fold_input_scale(sae, scale), {**told["versions"], "seconds": told["seconds"]}
+    return fold_input_scale(sae, scale), told["versions"]
 
 
 JITTERS = (0.0, 0.05, 0.2)

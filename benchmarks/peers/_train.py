@@ -4,7 +4,6 @@ safetensors are all that is there."""
 import argparse
 import importlib.metadata
 import json
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,17 +31,13 @@ def main(
     job: Job = json.loads(args.job)
     rows = load_file(args.rows)["x"]
     torch.manual_seed(job["seed"])
-    begun = time.perf_counter()
     encode, weights = fit(job, _batches(rows, job["batch_size"]), rows.shape[1])
-    seconds = time.perf_counter() - begun
     if encode is not None:
         _check(encode, weights, job, rows[:256])
     contiguous = {name: t.detach().float().contiguous() for name, t in weights.items()}
     save_file(contiguous, args.out)
     version = importlib.metadata.version(package)
-    print(
-        json.dumps({"seconds": seconds, "versions": {package: version, "torch": torch.__version__}})
-    )
+    print(json.dumps({"versions": {package: version, "torch": torch.__version__}}))
 
 
 def _batches(rows: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
