@@ -17,6 +17,7 @@ from saekit.errors import ConfigError, CorpusError, first_line
 _TEXT_FILES = {".txt", ".md", ".rst", ".py"}
 _BUILDERS = {".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 _IN_FOLDERS = (".parquet", ".jsonl")
+_BY_NAME = (".json", ".csv")
 _SPLITS = "dataset_dict.json"
 
 
@@ -98,15 +99,25 @@ def _text_files(path: Path) -> list[Path]:
     found = sorted(p for p in path.rglob("*") if p.suffix in _TEXT_FILES and p.is_file())
     # A downloaded dataset is a folder of tables and a README.md about them.
     about = all(file.name == "README.md" for file in found)
-    return [] if about and _tables(path) else found
+    return [] if about and (_tables(path) or _by_name(path)) else found
 
 
 def _tables(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.suffix in _IN_FOLDERS and p.is_file())
 
 
+def _by_name(folder: Path) -> list[Path]:
+    """Tables that are read alone, as what else is a table in a folder of them cannot be told."""
+    return sorted(p for p in folder.rglob("*") if p.suffix in _BY_NAME and p.is_file())
+
+
 def _table_files(folder: Path, besides: str) -> list[Path]:
     files = _tables(folder)
+    if not files and (named := _by_name(folder)):
+        raise CorpusError(
+            f"dataset folder '{folder}' holds a {named[0].suffix} file and no {besides}: name the "
+            f"file itself, {named[0]}"
+        )
     if not files:
         raise CorpusError(
             f"dataset folder '{folder}' holds no {besides} and no table "

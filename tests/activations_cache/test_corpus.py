@@ -221,3 +221,14 @@ def test_text_that_is_not_utf8_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "old.txt").write_bytes(b"caf\xe9 noir")
     with pytest.raises(CorpusError, match=r"old\.txt is not UTF-8 text \(byte 3\)"):
         list(documents(str(tmp_path)))
+
+
+@pytest.mark.parametrize("beside", ["README.md", None])
+def test_a_folder_of_a_table_that_is_read_by_name_says_so(
+    beside: str | None, tmp_path: Path
+) -> None:
+    (tmp_path / "stories.json").write_text('["Once upon a time"]')
+    if beside is not None:  # which is about the table, and no corpus
+        (tmp_path / beside).write_text("A thousand stories.")
+    with pytest.raises(CorpusError, match="name the file itself, .*stories.json"):
+        documents(str(tmp_path))
