@@ -61,16 +61,20 @@ def load(
             # Other files of weights are pickles, which can run code as they are read.
             model = loader.from_pretrained(path, dtype=dtype, use_safetensors=True)
         else:
-            model = _untrained(loader, config, seed).to(dtype)
+            model = _untrained(loader, config, seed)
         tokenizer = None if kind == "vision" else AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"model '{name}' cannot be loaded: {first_line(error)}. Give 'demo', a folder with "
             "config.json, model.safetensors and tokenizer.json, or a hub id"
         ) from error
-    fingerprint = fingerprints.of_files(path, model)
-    if seed is not None:
-        fingerprint = f"{fingerprint}#random={seed}"
+    if seed is None:
+        fingerprint = fingerprints.of_files(path, model)
+    else:
+        # What a seed draws is another thing with another version of torch or transformers.
+        fingerprint = fingerprints.of_module(model)
+        for weight in model.parameters():  # buffers stay as precise as they are, as when loaded
+            weight.data = weight.data.to(dtype)
     model = model.to(device)
     if kind == "vision":
         from saekit.activations_cache.model_vision import VisionModel, image_processor

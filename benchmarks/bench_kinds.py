@@ -12,8 +12,8 @@ features were found (one-to-one matching) and how well latents tell when theirs 
 embedded model's residual stream has a loss: it says how much of it the SAE keeps. Every figure is
 of the SAE as exported, on held-out rows. With `--tools`, other tools train the kinds that they have
 on the same rows in the same order, at the same rates (warm-up and decay too), and are measured as
-we are. One line for each run; a run whose line is there already is not made again, so a stopped
-benchmark goes on. Runs beside others (`workers` above 1) say nothing of speed.
+we are. One line for each run; a run whose line is there already, under the same config, is not made
+again, so a stopped benchmark goes on. Runs beside others (`workers` above 1) say nothing of speed.
 """
 
 import argparse
@@ -73,7 +73,6 @@ class Experiment:
     data: str
     kind: str
     options: dict[str, Any] = field(default_factory=dict)
-    label: str = ""
 
     @property
     def key(self) -> str:
@@ -101,15 +100,29 @@ TRUE_L0 = 7
 """Features of a row of each of them, on the mean, about."""
 
 
+def defaults_of(data: str) -> dict[str, Any]:
+    """What every run on these data is trained with, but for its own options."""
+    common = {"n_tokens": 1_000_000, "checkpoint_every": 100_000, "life_windows": 0}
+    if data == "demo":
+        sizes = {"d_sae": 2048, "batch_size": 1024, "lr": 4e-3, "dead_after": 100_000}
+    elif data.startswith("tree"):
+        # Sizes of the paper's own code, which takes 15,000 steps at 3e-2.
+        sizes = {"d_sae": 20, "batch_size": 200, "dead_after": 50_000}
+    else:
+        sizes = {"d_sae": 256, "batch_size": 512, "lr": 4e-3, "dead_after": 50_000}
+    return {**common, **sizes}
+
+
+def config_of(experiment: Experiment, seed: int) -> TrainConfig:
+    options = {**defaults_of(experiment.data), "seed": seed, **experiment.options}
+    return kind(experiment.kind).Config.from_dict(options)
+
+
 def planted(name: str, folder: Path) -> Data:
     if name.startswith("tree"):
         synthetic = hierarchical_tree(int(name.removeprefix("tree")))
-        # Sizes of the paper's own code, which takes 15,000 steps at 3e-2.
-        defaults: dict[str, Any] = {"d_sae": 20, "batch_size": 200, "n_tokens": 1_000_000}
     else:
         synthetic = Synthetic.from_config(PLANTED[name])
-        defaults = {"d_sae": 256, "batch_size": 512, "n_tokens": 1_000_000, "lr": 4e-3}
-    defaults |= {"dead_after": 50_000, "checkpoint_every": 100_000, "life_windows": 0}
     gradient = _gradient(synthetic)
     path = folder / name
     cache = (
@@ -137,7 +150,7 @@ def planted(name: str, folder: Path) -> Data:
             "true_l0": float((codes > 0).sum(1).float().mean()),
         }
 
-    return Data(name, cache, defaults, figures)
+    return Data(name, cache, defaults_of(name), figures)
 
 
 def _gradient(synthetic: Synthetic) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
@@ -156,20 +169,11 @@ def _gradient(synthetic: Synthetic) -> Callable[[torch.Tensor, torch.Tensor], to
 def demo(folder: Path) -> Data:
     config = HarvestConfig(hooks=("resid_post.2",), n_tokens=600_000, gradients=True)
     cache = harvest(config, folder / "demo", progress=True)
-    defaults = {
-        "d_sae": 2048,
-        "batch_size": 1024,
-        "n_tokens": 1_000_000,
-        "lr": 4e-3,
-        "dead_after": 100_000,
-        "checkpoint_every": 100_000,
-        "life_windows": 0,
-    }
     core = CoreConfig(max_rows=50_000, ce_tokens=15_000)
     return Data(
         "demo",
         cache,
-        defaults,
+        defaults_of("demo"),
         lambda sae: _core(evaluate("core", sae, cache, hook="resid_post.2", config=core).metrics),
     )
 
@@ -433,7 +437,7 @@ def main() -> None:
         and (not args.kinds or experiment.kind in args.kinds)
     ]
     done = _done(args.results)
-    wanted = [(e, seed) for e, seed in wanted if ("saekit", e.key, seed) not in done]
+    wanted = [(e, seed) for e, seed in wanted if not _is_done(done, e, seed)]
     # Made here, so that no two workers make one.
     for name in sorted({experiment.data for experiment, _ in wanted}):
         _open(name, args.out)
@@ -466,11 +470,19 @@ def _done(results: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
     return {(x["impl"], x["key"], x["seed"]): x for x in lines if x["op"] == "train"}
 
 
+def _is_done(
+    done: dict[tuple[str, str, int], dict[str, Any]], experiment: Experiment, seed: int
+) -> bool:
+    """Whether there is a line of this run under the config that it would have now: where a default
+    has changed since, it is made again."""
+    line = done.get(("saekit", experiment.key, seed))
+    now = json.loads(json.dumps(config_of(experiment, seed).to_dict()))
+    return line is not None and line["config"] == now
+
+
 def _run(experiment: Experiment, seed: int, folder: Path, device: str) -> dict[str, Any]:
     data = _open(experiment.data, folder)
-    config = kind(experiment.kind).Config.from_dict(
-        {**data.defaults, "seed": seed, **experiment.options}
-    )
+    config = config_of(experiment, seed)
     begun = time.perf_counter()
     sae = train(config, data.cache, device=device)
     seconds = time.perf_counter() - begun

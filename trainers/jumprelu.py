@@ -60,7 +60,7 @@ class JumpReLUConfig(PenalisedConfig):
 
     threshold_init: float = 0.3
     """What thresholds start as, in the same units. At 1 half of the latents of a residual stream
-    died, in every variant tried; docs/kinds.md has the figures."""
+    died (docs/kinds.md)."""
 
     threshold_lr: float = 10.0
     """How many times as fast as the other weights thresholds learn, in the same units."""
