@@ -114,8 +114,9 @@ class TrainConfig(Config):
     """Largest norm of the whole gradient; a longer one is scaled down to it. Losses are sums over
     d_in, so a norm of 1 is short. Not clipped where not given."""
 
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """What matrices are multiplied in; weights, their moments and sums stay float32."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What matrices are multiplied in; weights, their moments and sums stay float32. "auto" is
+    bfloat16 on a GPU that has it, and float32 elsewhere."""
 
     input_scaling: Literal["sqrt_d", "unit", "none"] = "sqrt_d"
     """Scale activations so that their mean norm is sqrt(d_in), or 1, so that one learning rate

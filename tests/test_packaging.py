@@ -73,6 +73,8 @@ def test_the_constraints_pin_each_dependency_within_its_range() -> None:
     pins = {canonicalize_name(name): pin for name, pin in constraints()}
     for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]:
         requirement = Requirement(text)
+        if requirement.name == "triton":
+            continue  # GPU builds of torch pin their own
         assert pins[canonicalize_name(requirement.name)] in requirement.specifier, text
 
 

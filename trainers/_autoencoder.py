@@ -158,9 +158,10 @@ class Autoencoder(Trainer):
         e is the error, held fixed, and e_hat the best that k_aux dead latents make of it, or k_aux
         of `latents`, whose pre-activations are multiplied by `weight` where it is given. V is the
         variance of x, so that auxk_coef means what it does in the paper, whose reconstruction loss
-        is normalised by V. A departure: the selection reads signed pre-activations, without the
-        ReLU, because a latent that is negative on every token would else get no gradient and stay
-        dead.
+        is normalised by V. A departure: a latent that is negative on every row of the batch enters
+        with its sign, without the ReLU, because it would else get no gradient and stay dead. Others
+        do not: where few are dead, k_aux takes all of them on every row, and with signs they would
+        learn to explain the error together, densely, in place of a feature each.
         """
         if latents is None:
             latents = self._dead()
@@ -170,7 +171,9 @@ class Autoencoder(Trainer):
         pre = centred @ self.W_enc[:, latents] + self.b_enc[latents]
         if weight is not None:
             pre = pre * weight
+        mute = pre.detach().amax(0) <= 0
         values, indices = pre.topk(k_aux, dim=1, sorted=False)
+        values = torch.where(mute[indices], values, values.relu())
         missed = error - kernels.sparse_decode(values, indices, self.W_dec[latents])
         share = missed.square().sum(1).mean() / variance_of(error)
         return self.cfg.auxk_coef * self.variance * share

@@ -34,6 +34,23 @@ class Batch:
     """Document, position and token of each row."""
 
 
+class Step:
+    """Takes steps of training; the parameters and the optimiser's moments are changed in place."""
+
+    clipped: Tensor
+    """Steps whose gradient was longer than clip_norm, since it was last set to 0."""
+
+    def __call__(self, batch: Batch, lr: float) -> dict[str, Float[Tensor, ""]]:
+        """Returns the terms of the loss, of before the step."""
+        raise NotImplementedError
+
+    def settle(self) -> None:
+        """Before anybody else reads parameters or moments."""
+
+    def take_over(self) -> None:
+        """After somebody else changed parameters, moments or counters."""
+
+
 class Trainer(nn.Module):
     """The trainable form of one kind.
 
@@ -71,6 +88,11 @@ class Trainer(nn.Module):
         losses need none.
         """
         raise NotImplementedError
+
+    def fused_step(self, optimiser: torch.optim.Optimizer, device: str) -> Step | None:
+        """Steps of this kind's own that do what `losses`, the optimiser and the constraints do;
+        None where it has none, or they cannot serve."""
+        return None
 
     def before_step(self) -> None:
         """After the gradients are there, before the optimiser uses them."""

@@ -6,9 +6,25 @@ from typing import Literal
 
 import torch
 
+from saekit.config import TrainConfig
+
+Precision = Literal["float32", "bfloat16"]
+
+
+def precision_on(device: str, cfg: TrainConfig) -> Precision:
+    """What a config's precision means on a device."""
+    if cfg.precision != "auto":
+        return cfg.precision
+    on_gpu = torch.device(device).type == "cuda"
+    return (
+        "bfloat16"
+        if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        else "float32"
+    )
+
 
 @contextmanager
-def multiplying_in(precision: Literal["float32", "bfloat16"], device: str) -> Iterator[None]:
+def multiplying_in(precision: Precision, device: str) -> Iterator[None]:
     """Matrix products of float32 tensors in `precision`, summed in float32.
 
     On a CPU bfloat16 is what torch calls medium precision: operands are rounded inside the product.

@@ -26,13 +26,13 @@ from saekit.files import remove_partial, write_atomic, write_text
 from saekit.results import Provenance, commit, versions
 from saekit.sae import SAE
 from saekit.trainers import _state
-from saekit.trainers._base import Batch, Trainer, fold_input_scale, input_scale
+from saekit.trainers._base import Batch, Step, Trainer, fold_input_scale, input_scale
 from saekit.trainers._kinds import kind, name_of, names
 from saekit.trainers._life import LifeHistory
 from saekit.trainers._log import Line, MetricsLog
-from saekit.trainers._precision import multiplying_in
 from saekit.trainers._schedules import warm_then_decay
 from saekit.trainers._state import Position
+from saekit.trainers._step import EagerStep
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +140,12 @@ class Run:
         self._since = time.perf_counter(), self.at.step
         nowhere = torch.tensor(-1, device=self.device)
         self._bad_step = nowhere
-        self._clipped = torch.tensor(self.at.clipped, device=self.device)
+        self._take_step: Step = EagerStep(self.cfg, self.trainer, self.optimiser, self.device)
+        if self.optimiser is not None:
+            self._take_step = (
+                self.trainer.fused_step(self.optimiser, self.device) or self._take_step
+            )
+        self._take_step.clipped.fill_(self.at.clipped)
 
     def _initialise(self, sample: Float[Tensor, "row d_in"]) -> float:
         norm = float(sample.norm(dim=1).mean())
@@ -180,6 +185,7 @@ class Run:
         replanted = trainer.replant(batch, self.optimiser) if self.optimiser else None
         if replanted is not None:
             self.life.replanted(replanted, cfg.d_sae)
+            self._take_step.take_over()
         line: Line = {}
         last = step + 1 == cfg.n_steps
         if (step + 1) % cfg.log_every == 0 or last:
@@ -194,11 +200,16 @@ class Run:
         if self._window(step + 1) > window:
             self._stop_if_diverged()
             rows = (step + 1 - self._first_step(window)) * cfg.batch_size
+            self._take_step.settle()
             self.life.end_window(step + 1, rows, trainer.export(), trainer.dead, batch.x)
         if (step + 1) % cfg.checkpoint_every == 0 and not last and self.out is not None:
             self._stop_if_diverged()
-            self.at = replace(self.at, clipped=int(self._clipped), log_bytes=self.log.size())
+            clipped = int(self._take_step.clipped)
+            self.at = replace(self.at, clipped=clipped, log_bytes=self.log.size())
+            self._take_step.settle()
             _state.save(self.out, self.at, trainer, self.optimiser, self.life)
+            # What goes on from here and what is resumed from here shall be the same.
+            self._take_step.take_over()
         return line
 
     @property
@@ -227,29 +238,15 @@ class Run:
         return Batch(columns[self.hook] * scale, grad, label)
 
     def _learn(self, batch: Batch) -> dict[str, Tensor]:
-        cfg, trainer, optimiser = self.cfg, self.trainer, self.optimiser
-        with multiplying_in(cfg.precision, self.device):
-            losses = trainer.losses(batch)
-            total = torch.stack(list(losses.values())).sum()
-            if optimiser is not None:
-                optimiser.zero_grad(set_to_none=True)
-                total.backward()
-        bad = ~total.detach().isfinite() & (self._bad_step < 0)
+        cfg = self.cfg
+        lr = cfg.lr * warm_then_decay(
+            self.at.step, cfg.n_steps, cfg.lr_warmup, cfg.lr_decay, cfg.lr_shape
+        )
+        losses = self._take_step(batch, lr)
+        total = torch.stack(list(losses.values())).sum()
+        bad = ~total.isfinite() & (self._bad_step < 0)
         self._bad_step = torch.where(bad, self.at.step, self._bad_step)
-        if optimiser is not None:
-            for group in optimiser.param_groups:
-                group["lr"] = cfg.lr * warm_then_decay(
-                    self.at.step, cfg.n_steps, cfg.lr_warmup, cfg.lr_decay, cfg.lr_shape
-                )
-            trainer.before_step()
-            if cfg.clip_norm is not None:
-                norm = torch.nn.utils.clip_grad_norm_(
-                    optimiser.param_groups[0]["params"], cfg.clip_norm
-                )
-                self._clipped = self._clipped + (norm > cfg.clip_norm)
-            optimiser.step()
-            trainer.after_step()
-        return {name: loss.detach() for name, loss in losses.items()}
+        return losses
 
     def _figures(self, losses: dict[str, Tensor], x: Float[Tensor, "batch d_in"]) -> Line:
         """What the log says of the last step."""
@@ -266,8 +263,8 @@ class Run:
             line["lr"] = self.optimiser.param_groups[0]["lr"]
         if cfg.clip_norm is not None:
             steps = step - (step - 1) // cfg.log_every * cfg.log_every
-            line["clipped"] = int(self._clipped) / steps
-            self._clipped = torch.zeros_like(self._clipped)
+            line["clipped"] = int(self._take_step.clipped) / steps
+            self._take_step.clipped.zero_()
         now = time.perf_counter()
         line["tokens_per_s"] = (step - self._since[1]) * cfg.batch_size / (now - self._since[0])
         self._since = now, step
@@ -313,6 +310,7 @@ class Run:
     def export(self) -> SAE:
         """The SAE as it stands, in the units of the cache; what it holds is its own, and no longer
         learns."""
+        self._take_step.settle()
         sae = fold_input_scale(self.trainer.export(), self.at.scale).to("cpu", copy=True)
         provenance = Provenance(
             kind=self.settings["kind"],

@@ -7,8 +7,7 @@ mean over a batch, so that a token that needs more can have more.
     loss = mean |x - x_hat|^2  +  AuxK (see `_autoencoder`)
 
 What a token gets in training depends on the other tokens of its batch; the exported SAE looks at
-each token alone. Departures: the moving average does not start at 0 (see `_threshold`), and AuxK
-reads pre-activations with their sign.
+each token alone. Departures: the moving average does not start at 0 (see `_threshold`).
 """
 
 from dataclasses import dataclass

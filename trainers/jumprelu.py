@@ -24,7 +24,8 @@ d_in = 2304; Anthropic's bandwidth is 2.
 A latent that has not fired for long can be brought back by Anthropic's loss on its
 pre-activations, p mean sum_i relu(threshold_i - pre_i), over such latents alone.
 
-Departures: the threshold is learnt itself, not its logarithm, and put back to 0 after a step that
+Departures: AuxK, as for the TopK kinds, revives what the falling L0 leaves without a feature; the
+threshold is learnt itself, not its logarithm, and put back to 0 after a step that
 takes it below, because a small threshold hardly moves in the logarithm; and "tanh" with rows of
 norm 1, where Anthropic weighs z_i by the norm of its row.
 """
@@ -68,6 +69,8 @@ class JumpReLUConfig(PenalisedConfig):
     pre_act_coef: float = 0.0
     """Weight of the loss that raises the pre-activations of dead latents (Anthropic have 3e-6); 0
     switches it off."""
+
+    revive: Literal["none", "auxk", "resample", "ghost"] = "auxk"
 
     def __post_init__(self) -> None:
         super().__post_init__()

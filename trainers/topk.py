@@ -9,6 +9,7 @@ A departure: decoder rows are normalised after each step rather than before.
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -16,7 +17,8 @@ from saekit import kernels
 from saekit.errors import ConfigError
 from saekit.sae import SAE, TopK
 from saekit.trainers._autoencoder import Autoencoder, AutoencoderConfig
-from saekit.trainers._base import Batch
+from saekit.trainers._base import Batch, Step
+from saekit.trainers._fused import fused_topk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,12 @@ class TopKTrainer(Autoencoder):
         centred = batch.x - self.b_dec
         values, indices = kernels.topk_encode(centred, self.W_enc, self.b_enc, self.cfg.k)
         return self.reconstruct((values, indices, None), centred)
+
+    def fused_step(self, optimiser: torch.optim.Optimizer, device: str) -> Step | None:
+        # A kind made from this one has losses of its own.
+        if type(self) is not TopKTrainer:
+            return None
+        return fused_topk(self, optimiser, self.cfg.k, device)
 
     def export(self) -> SAE:
         b_enc = self.b_enc - self.b_dec @ self.W_enc

@@ -1,14 +1,18 @@
 """The ops that sparse autoencoders spend their time in. `reference` defines them; callers use
 these."""
 
-from saekit.kernels.eager import batch_topk, column_topk, encode, sparse_decode, topk_encode
+from saekit.kernels._choose import Choice, KernelUnavailable, choose
+from saekit.kernels.ops import batch_topk, column_topk, encode, sparse_decode, topk_encode
 from saekit.kernels.pursuit import matching_pursuit
 from saekit.kernels.reference import Code, Rule, merge_repeats, row_offsets, rows_of
 
 __all__ = [
+    "Choice",
     "Code",
+    "KernelUnavailable",
     "Rule",
     "batch_topk",
+    "choose",
     "column_topk",
     "encode",
     "matching_pursuit",

@@ -1,5 +1,4 @@
-"""The same ops with gradients that touch only the k latents of each row, in stock PyTorch
-operators.
+"""The parts of the ops that differ from backend to backend, in stock PyTorch operators.
 
 What `reference.py` would do in `[batch, d_sae]` or `[batch, k, d]` is done here by
 `embedding_bag`: it sums weighted rows of a table. Decoding sums decoder rows for each row of x;
@@ -7,71 +6,15 @@ its transpose sums rows of x (or of the gradient) for each latent, and is the sa
 the codes sorted by latent.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saekit.kernels.reference import Code, Rule, row_offsets, rows_of
+from saekit.kernels.reference import row_offsets, rows_of
 
 
-class _Encode(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, rule: Rule
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        pre = torch.addmm(b_enc, x, W_enc)
-        indices, offsets = rule(pre)
-        kept = pre.gather(1, indices) if offsets is None else pre[rows_of(offsets), indices]
-        # In the precision of the weights, whatever the product was made in.
-        values = kept.to(W_enc.dtype).relu_()
-        ctx.save_for_backward(x, W_enc, values, indices, offsets)
-        ctx.mark_non_differentiable(indices)
-        if offsets is not None:
-            ctx.mark_non_differentiable(offsets)
-        return values, indices, offsets
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        x, W_enc, values, indices, offsets = ctx.saved_tensors
-        d_pre = grads[0] * (values > 0)
-        d_x = d_W = d_b = None
-        if ctx.needs_input_grad[0]:
-            d_x = _weighted_rows(d_pre, indices, offsets, W_enc.T)
-        if ctx.needs_input_grad[1]:
-            d_W = _transposed(d_pre, indices, offsets, x, W_enc.shape[1]).T
-        if ctx.needs_input_grad[2]:
-            zeros = d_pre.new_zeros(W_enc.shape[1])
-            d_b = zeros.index_add_(0, indices.flatten(), d_pre.flatten())
-        return d_x, d_W, d_b, None
-
-
-class _SparseDecode(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, values: Tensor, indices: Tensor, offsets: Tensor | None, W_dec: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(values, indices, offsets, W_dec)
-        return _weighted_rows(values, indices, offsets, W_dec)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        values, indices, offsets, W_dec = ctx.saved_tensors
-        d_values = d_W = None
-        if ctx.needs_input_grad[0]:
-            # torch's own gradient with respect to the weights, without its slow one for the table.
-            with torch.enable_grad():
-                weights = values.detach().requires_grad_()
-                out = _weighted_rows(weights, indices, offsets, W_dec.detach())
-            (d_values,) = torch.autograd.grad(out, weights, grads[0])
-        if ctx.needs_input_grad[3]:
-            d_W = _transposed(values, indices, offsets, grads[0], W_dec.shape[0])
-        return d_values, None, None, d_W
-
-
-def _weighted_rows(
+def weighted_rows(
     values: Float[Tensor, "..."],
     indices: Int[Tensor, "..."],
     offsets: Int[Tensor, " offsets"] | None,
@@ -88,7 +31,7 @@ def _weighted_rows(
     )
 
 
-def _transposed(
+def transposed(
     values: Float[Tensor, "..."],
     indices: Int[Tensor, "..."],
     offsets: Int[Tensor, " offsets"] | None,
@@ -99,44 +42,35 @@ def _transposed(
     latent, order = indices.flatten().sort(stable=True)
     rows = order // indices.shape[1] if offsets is None else rows_of(offsets)[order]
     bags = row_offsets(latent, d_sae)
-    return _weighted_rows(values.flatten()[order], rows, bags, x)
+    return weighted_rows(values.flatten()[order], rows, bags, x)
 
 
-def encode(
-    x: Float[Tensor, "batch d_in"],
-    W_enc: Float[Tensor, "d_in d_sae"],
-    b_enc: Float[Tensor, " d_sae"],
-    rule: Rule,
-) -> Code:
-    """See `reference.encode`."""
-    code: Code = _Encode.apply(x, W_enc, b_enc, rule)  # type: ignore[no-untyped-call]
-    return code
-
-
-def topk_encode(
-    x: Float[Tensor, "batch d_in"],
-    W_enc: Float[Tensor, "d_in d_sae"],
-    b_enc: Float[Tensor, " d_sae"],
-    k: int,
-) -> tuple[Float[Tensor, "batch {k}"], Int[Tensor, "batch {k}"]]:
-    """See `reference.topk_encode`."""
-
-    def largest(pre: Tensor) -> tuple[Tensor, None]:
-        return pre.topk(k, dim=-1, sorted=False).indices, None
-
-    values, indices, _ = encode(x, W_enc, b_enc, largest)
-    return values, indices
-
-
-def sparse_decode(
+def decode_gradients(
     values: Float[Tensor, "..."],
     indices: Int[Tensor, "..."],
-    W_dec: Float[Tensor, "d_sae d_out"],
-    offsets: Int[Tensor, " offsets"] | None = None,
-) -> Float[Tensor, "batch d_out"]:
-    """See `reference.sparse_decode`."""
-    x_hat: Tensor = _SparseDecode.apply(values, indices, offsets, W_dec)  # type: ignore[no-untyped-call]
-    return x_hat
+    offsets: Int[Tensor, " offsets"] | None,
+    table: Float[Tensor, "d_sae d"],
+    grad: Float[Tensor, "batch d"],
+    *,
+    want_values: bool = True,
+    want_table: bool = True,
+) -> tuple[Float[Tensor, "..."] | None, Float[Tensor, "d_sae d"] | None]:
+    """Of `weighted_rows`, with respect to the values and to the table."""
+    d_values = d_table = None
+    if want_values:
+        # torch's own gradient with respect to the weights, without its slow one for the table.
+        with torch.enable_grad():
+            weights = values.detach().requires_grad_()
+            out = weighted_rows(weights, indices, offsets, table.detach())
+        (d_values,) = torch.autograd.grad(out, weights, grad)
+    if want_table:
+        d_table = transposed(values, indices, offsets, grad, len(table))
+    return d_values, d_table
+
+
+def topk(pre: Float[Tensor, "batch d_sae"], k: int) -> Int[Tensor, "batch {k}"]:
+    """Where the k largest entries of each row are."""
+    return pre.topk(k, dim=-1, sorted=False).indices
 
 
 def batch_topk(

@@ -28,6 +28,25 @@ def test_a_latent_that_is_negative_on_every_token_gets_gradient_from_auxk() -> N
     assert model.b_enc.grad is not None and model.b_enc.grad[5] != 0
 
 
+def test_auxk_takes_dead_latents_above_0_and_with_its_sign_what_is_never_above() -> None:
+    """By hand, against the equation of its docstring."""
+    model = trainer(k_aux=3)
+    x = torch.randn(20, 6)
+    model.initialise(x)
+    with torch.no_grad():
+        model.b_enc[2] = -100.0
+    dead = [2, 5, 7]
+    model.dead.since[dead] = 1_000
+    centred, error = x - model.b_dec, torch.randn(20, 6)
+    with torch.no_grad():
+        values = (centred @ model.W_enc + model.b_enc)[:, dead]
+        assert (values[:, 0] < 0).all() and (values[:, 1:] < 0).any() and (values[:, 1:] > 0).any()
+        values[:, 1:] = values[:, 1:].relu()
+        missed = (error - values @ model.W_dec[dead]).square().sum(1).mean()
+        wanted = model.variance / 32 * missed / (error - error.mean(0)).square().sum(1).mean()
+    torch.testing.assert_close(model.revival(centred, error)["auxk"], wanted)
+
+
 def test_the_decoders_gradient_has_no_part_along_its_rows() -> None:
     model = trainer()
     x = torch.randn(20, 6)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from saekit import kernels
 from saekit.kernels import eager, reference
 
 # float64 on both sides: what is left is the order of summation.
@@ -18,7 +19,7 @@ def test_topk_encode_matches_the_reference_with_all_gradients(d_in: int, k: int)
     b_enc = torch.randn(7, dtype=torch.float64, requires_grad=True)
     upstream = torch.randn(5, 7, dtype=torch.float64)
     dense, grads = [], []
-    for op in (eager.topk_encode, reference.topk_encode):
+    for op in (kernels.topk_encode, reference.topk_encode):
         values, indices = op(x, W_enc, b_enc, k)
         z = torch.zeros(5, 7, dtype=torch.float64).scatter(1, indices, values)
         dense.append(z)
@@ -36,7 +37,7 @@ def test_sparse_decode_matches_the_reference_with_all_gradients(d_out: int, batc
     W_dec = torch.randn(7, d_out, dtype=torch.float64, requires_grad=True)
     upstream = torch.randn(batch, d_out, dtype=torch.float64)
     results = []
-    for op in (eager.sparse_decode, reference.sparse_decode):
+    for op in (kernels.sparse_decode, reference.sparse_decode):
         x_hat = op(values, indices, W_dec)
         results.append((x_hat, *torch.autograd.grad(x_hat, (values, W_dec), upstream)))
     for ours, theirs in zip(*results, strict=True):
@@ -44,13 +45,13 @@ def test_sparse_decode_matches_the_reference_with_all_gradients(d_out: int, batc
 
 
 def test_a_row_without_positive_preactivations_has_only_zeros() -> None:
-    values, _ = eager.topk_encode(torch.ones(2, 3), -torch.ones(3, 5), torch.zeros(5), 2)
+    values, _ = kernels.topk_encode(torch.ones(2, 3), -torch.ones(3, 5), torch.zeros(5), 2)
     assert values.eq(0).all()
 
 
 def test_an_empty_batch_is_encoded_and_decoded() -> None:
-    values, indices = eager.topk_encode(torch.empty(0, 3), torch.randn(3, 5), torch.zeros(5), 2)
-    assert eager.sparse_decode(values, indices, torch.randn(5, 4)).shape == (0, 4)
+    values, indices = kernels.topk_encode(torch.empty(0, 3), torch.randn(3, 5), torch.zeros(5), 2)
+    assert kernels.sparse_decode(values, indices, torch.randn(5, 4)).shape == (0, 4)
 
 
 def ragged(pre: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,7 +69,7 @@ def test_encode_matches_the_reference_with_all_gradients(d_in: int, rule: refere
     W_enc = torch.randn(d_in, 7, dtype=torch.float64, requires_grad=True)
     b_enc = torch.zeros(7, dtype=torch.float64, requires_grad=True)
     results = []
-    for op in (eager.encode, reference.encode):
+    for op in (kernels.encode, reference.encode):
         values, indices, offsets = op(x, W_enc, b_enc, rule)
         upstream = torch.linspace(-1, 1, values.numel()).double().view_as(values)
         grads = torch.autograd.grad(values, (x, W_enc, b_enc), upstream)
@@ -81,8 +82,8 @@ def test_encode_of_a_rule_that_keeps_nothing_has_no_gradient() -> None:
     x, W_enc, b_enc = torch.randn(4, 3), torch.randn(3, 5), torch.zeros(5)
     W_enc.requires_grad_()
     nothing = torch.zeros(0, dtype=torch.int64), torch.zeros(5, dtype=torch.int64)
-    values, indices, offsets = eager.encode(x, W_enc, b_enc, lambda pre: nothing)
-    x_hat = eager.sparse_decode(values, indices, torch.randn(5, 2), offsets)
+    values, indices, offsets = kernels.encode(x, W_enc, b_enc, lambda pre: nothing)
+    x_hat = kernels.sparse_decode(values, indices, torch.randn(5, 2), offsets)
     assert x_hat.tolist() == [[0, 0]] * 4
     (grad,) = torch.autograd.grad(x_hat.sum(), W_enc)
     assert grad.eq(0).all()
@@ -98,7 +99,7 @@ def test_sparse_decode_of_uneven_rows_matches_the_reference_with_all_gradients(
     W_dec = torch.randn(7, d_out, dtype=torch.float64, requires_grad=True)
     upstream = torch.randn(6, d_out, dtype=torch.float64)
     results = []
-    for op in (eager.sparse_decode, reference.sparse_decode):
+    for op in (kernels.sparse_decode, reference.sparse_decode):
         x_hat = op(values, indices, W_dec, offsets)
         results.append((x_hat, *torch.autograd.grad(x_hat, (values, W_dec), upstream)))
     for ours, theirs in zip(*results, strict=True):

@@ -1,0 +1,906 @@
+"""One training step of a TopK SAE in a few Triton kernels and one matrix product.
+
+    pre = (x - b_dec) @ W_enc + b_enc,   z = topk(relu(pre)),   x_hat = z @ W_dec + b_dec
+    loss = mean over the batch of |x - x_hat|^2, summed over d_in
+
+What `torch.optim.Adam` does with all gradients of this loss, those of W_dec projected off its unit
+rows before and the rows normalised after, as trainers.topk has it (without AuxK). Adam is dense: a
+latent that did not fire moves, too, by the moments that it has.
+
+The backward goes latent by latent. A latent's two rows of weights and their gradients are held in
+registers, and its moments and weights are read and written once a step. Neither [d_sae, d_in]
+gradients nor anything of shape [batch * k, d_in] exist.
+
+Axes: batch, d_in, d_sae, k, chunk, program (of a kernel's launch), part (some rows' sum).
+"""
+
+# Triton has no types, and is not on every machine.
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saekit.errors import ConfigError
+from saekit.kernels._choose import require_triton
+from saekit.kernels.auxk import AuxKConfig, AuxKGradients, DeadCount, room_for
+from saekit.kernels.triton_decode import (
+    HEAVY,
+    DecodeConfig,
+    LatentIndex,
+    RowConfig,
+    decode_candidates,
+    decode_config,
+    decode_residual,
+    multiprocessors,
+    power,
+    row_candidates,
+    row_config,
+)
+from saekit.kernels.triton_select import (
+    SelectConfig,
+    select_candidates,
+    select_config,
+    topk_select,
+)
+
+_CENTRE_BLOCK = 4_096
+_RESIDUAL_PARTS = 64
+_ENCODER_PARTS = 32
+_BIAS_COLUMNS = 64
+_SPLIT_ROWS = 8_192
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """How each kernel goes about one shape."""
+
+    select: SelectConfig
+    decode: DecodeConfig
+    row: RowConfig
+    heavy: int = HEAVY
+    """See `LatentIndex`."""
+
+
+def step_config(d_in: int, d_sae: int, k: int) -> StepConfig:
+    """What was quickest on an H200 for the three shapes of benchmarks/bench_step.py."""
+    return StepConfig(select_config(d_sae, k), decode_config(d_in, k), row_config(d_in))
+
+
+def step_candidates(d_in: int, d_sae: int, k: int) -> list[StepConfig]:
+    """What an autotuner may try: the kernels do not depend on each other's choice."""
+    base = step_config(d_in, d_sae, k)
+    return [
+        *(replace(base, select=one) for one in select_candidates(d_sae, k)),
+        *(replace(base, decode=one) for one in decode_candidates(d_in, k)),
+        *(replace(base, row=one) for one in row_candidates(d_in)),
+    ]
+
+
+class FusedTopKStep:
+    """Takes training steps: `step.lr.fill_(lr)`, then `step(x)`, which updates the parameters in
+    place and returns the loss. Nothing waits for the device.
+
+    W_enc_T is the trainer's W_enc transposed. `state` holds what `torch.optim.Adam` does of each
+    parameter, under the parameter's name, and is taken as it is where it is given, so that an
+    optimiser may share it; moments of W_enc_T are its shape. `since` and `fired` are those of
+    `DeadLatents`. `clipped` counts the steps whose gradient was longer than `clip_norm`.
+
+    precision: what is multiplied; "bfloat16" rounds x and the weights, and rounds pre-activations,
+    values and the error, which `residual_dtype` can leave in float32.
+    rows_at_once: pre-activations are made for so many rows at a time, rather than for the batch.
+    auxk: adds the loss that revives dead latents; needs `since`.
+    deterministic: the same bits from the same start.
+    split_master: float32 weights are held as their bfloat16 copy and the 16 bits that it lacks,
+    which saves reading and writing 2 of 26 bytes. The tensors that were given then have the
+    weights' last values only after `write_back`.
+    graph: from the second call on, the kernels are launched as one CUDA graph.
+
+    Whoever changes a parameter between steps calls `take_over` after it.
+    """
+
+    def __init__(
+        self,
+        W_enc_T: Float[Tensor, "d_sae d_in"],
+        W_dec: Float[Tensor, "d_sae d_in"],
+        b_enc: Float[Tensor, " d_sae"],
+        b_dec: Float[Tensor, " d_in"],
+        *,
+        k: int,
+        batch_size: int,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        clip_norm: float | None = None,
+        precision: Literal["float32", "bfloat16"] = "bfloat16",
+        residual_dtype: torch.dtype | None = None,
+        state: Mapping[str, Mapping[str, Tensor]] | None = None,
+        since: Int[Tensor, " d_sae"] | None = None,
+        fired: Int[Tensor, " d_sae"] | None = None,
+        auxk: AuxKConfig | None = None,
+        rows_at_once: int | None = None,
+        deterministic: bool = False,
+        split_master: bool = False,
+        graph: bool = False,
+        config: StepConfig | None = None,
+    ) -> None:
+        self.parameters = {
+            "W_enc_T": W_enc_T.detach(),
+            "W_dec": W_dec.detach(),
+            "b_enc": b_enc.detach(),
+            "b_dec": b_dec.detach(),
+        }
+        self.d_sae, self.d_in = W_dec.shape
+        self.k, self.batch_size, self.device = k, batch_size, W_dec.device
+        self.betas, self.eps, self.clip_norm = betas, eps, clip_norm
+        self.split_master = split_master
+        self.rows_at_once = min(rows_at_once or batch_size, batch_size)
+        self._check(precision)
+        self.config = config or step_config(self.d_in, self.d_sae, k)
+        self.state = self._state(state)
+        if (since is None) != (fired is None):
+            raise ConfigError("since and fired count the same thing: give both, or neither")
+        if auxk is not None and since is None:
+            raise ConfigError("auxk needs since, which says what is dead: give since and fired")
+        self._dead = (since, fired, batch_size) if since is not None and fired is not None else None
+        self._auxk, self._room, self._dead_count = auxk, 0, None
+        if auxk is not None and since is not None:
+            self._dead_count = DeadCount(since, auxk.after, batch_size)
+
+        def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=self.device)
+
+        self.lr = new(dtype=torch.float64)
+        """Of the next step."""
+        self.loss = new()
+        """Of the last step, without AuxK."""
+        self.auxk_loss = new()
+        self.clipped = new(dtype=torch.int64)
+        low = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        self._copies = dict(self.parameters)
+        if precision == "bfloat16":
+            for name in ("W_enc_T", "W_dec", "b_enc"):
+                self._copies[name] = torch.empty_like(self.parameters[name], dtype=low)
+        self._lower = {
+            name: torch.empty_like(self.parameters[name], dtype=torch.int16)
+            for name in ("W_enc_T", "W_dec")
+            if split_master
+        }
+        self.take_over()
+
+        d_in, d_sae = self.d_in, self.d_sae
+        row = self.config.row
+        sms = multiprocessors(self.device)
+        self._programs = sms * row.programs
+        self._heavy_programs = sms * max(1, row.programs // 2)
+        self._index = LatentIndex(
+            d_sae,
+            batch_size * k,
+            self.device,
+            deterministic=deterministic,
+            distinct=batch_size,
+            heavy=self.config.heavy,
+        )
+        self._values = new(batch_size, k, dtype=low)
+        self._indices = new(batch_size, k, dtype=torch.int32)
+        self._rank = self._index.rank.view(batch_size, k)
+        self._pre = new(self.rows_at_once, d_sae, dtype=low)
+        self._centred = new(batch_size, d_in, dtype=low)
+        self._residual = new(batch_size, d_in, dtype=residual_dtype or low)
+        self._losses = new(-(-d_in // self.config.decode.columns), batch_size)
+        self._chunk_rows = new(self._index.n_chunks, 2, d_in)
+        self._chunk_sums = new(self._index.n_chunks, 2)
+        self._pre_bias = new(self._programs, d_in)
+        self._parts = new(_RESIDUAL_PARTS + _ENCODER_PARTS, d_in)
+        self._squares = new(self._programs + -(-d_in // _BIAS_COLUMNS))
+        # log beta_1, log beta_2, weight_decay; then what they make of the step and the rate.
+        logs = [math.log(beta) if beta > 0 else -math.inf for beta in betas]
+        self._constants = torch.tensor([*logs, weight_decay], dtype=torch.float64).to(self.device)
+        self._hyper = torch.ones(4, device=self.device)
+        self._revival: dict[int, AuxKGradients] = {}
+        self._wants_graph = graph and self.device.type == "cuda"
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._compiled: set[int] = set()
+        self._x: Tensor | None = None
+
+    def _check(self, precision: str) -> None:
+        W_dec = self.parameters["W_dec"]
+        require_triton(W_dec.device, W_dec.dtype, self.d_in)
+        for name, parameter in self.parameters.items():
+            if parameter.dtype != torch.float32 or not parameter.is_contiguous():
+                raise ConfigError(
+                    f"{name} must be float32, and contiguous as the fused step is given it: it is "
+                    f"{parameter.dtype}, with strides {parameter.stride()}"
+                )
+        if precision == "float32" and self.split_master:
+            raise ConfigError(
+                "split_master makes the bfloat16 copy a part of the weights, and precision is "
+                "'float32': leave it out"
+            )
+        if not 0 < self.k <= self.d_sae:
+            raise ConfigError(f"k={self.k} must lie in 1..d_sae={self.d_sae}")
+        if self.batch_size < 1 or self.batch_size * self.k >= 2**31:
+            raise ConfigError(
+                f"batch_size={self.batch_size} with k={self.k} makes no number of entries that the "
+                "fused step can count: 1 to 2^31 - 1"
+            )
+
+    def _state(
+        self, given: Mapping[str, Mapping[str, Tensor]] | None
+    ) -> dict[str, dict[str, Tensor]]:
+        state: dict[str, dict[str, Tensor]] = {}
+        for name, parameter in self.parameters.items():
+            slot = dict((given or {}).get(name, {}))
+            slot.setdefault("step", torch.zeros((), device=self.device))
+            for moment in ("exp_avg", "exp_avg_sq"):
+                slot.setdefault(moment, torch.zeros_like(parameter))
+                held = slot[moment]
+                if held.shape != parameter.shape or not held.is_contiguous():
+                    raise ConfigError(
+                        f"{moment} of {name} must lie in memory as {name} does: its shape is "
+                        f"{tuple(held.shape)}, with strides {held.stride()}"
+                    )
+            state[name] = slot
+        return state
+
+    @property
+    def l0(self) -> Float[Tensor, ""]:
+        """Latents that fired a row, on the mean over the last batch."""
+        return self._index.totals[0] / self.batch_size
+
+    @torch.no_grad()
+    def take_over(self) -> None:
+        """After the parameters, or `since`, were changed from outside."""
+        if self._dead_count is not None:
+            self._dead_count.forget()
+        for name, copy in self._copies.items():
+            if name in self._lower:
+                for first in range(0, self.d_sae, _SPLIT_ROWS):
+                    rows = slice(first, first + _SPLIT_ROWS)
+                    bits = self.parameters[name][rows].view(torch.int32)
+                    high = (bits + 0x8000) >> 16
+                    copy[rows].view(torch.int16).copy_(high)
+                    self._lower[name][rows] = bits - (high << 16)
+            elif copy is not self.parameters[name]:
+                copy.copy_(self.parameters[name])
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Give the tensors of the parameters their last values, where `split_master` holds them
+        elsewhere."""
+        for name, low in self._lower.items():
+            for first in range(0, self.d_sae, _SPLIT_ROWS):
+                rows = slice(first, first + _SPLIT_ROWS)
+                high = self._copies[name][rows].view(torch.int16).to(torch.int32)
+                self.parameters[name][rows].view(torch.int32).copy_((high << 16) + low[rows])
+
+    @torch.no_grad()
+    def __call__(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
+        """Takes a step; the loss is of before it, and is written over by the next."""
+        if x.shape != (self.batch_size, self.d_in):
+            raise ConfigError(
+                f"the fused step was made for batches of ({self.batch_size}, {self.d_in}), and "
+                f"this one is {tuple(x.shape)}"
+            )
+        if self._dead_count is not None:
+            self._room = room_for(self._dead_count.bound(), self.d_sae)
+        if not self._wants_graph:
+            self._step(x.contiguous())
+            return self.loss
+        if self._x is None or self._x.dtype != x.dtype:
+            self._x = torch.empty_like(x, memory_format=torch.contiguous_format)
+            self._graphs.clear()
+        self._x.copy_(x)
+        if self._room in self._graphs:
+            self._graphs[self._room].replay()
+        elif self._room not in self._compiled:
+            # Kernels are compiled, and tensors made, before any of it is captured.
+            self._compiled.add(self._room)
+            self._step(self._x)
+        else:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._step(self._x)
+            self._graphs[self._room] = graph
+            graph.replay()
+        return self.loss
+
+    def _step(self, x: Tensor) -> None:
+        self._prepare(x)
+        self._encode()
+        self._index_latents()
+        self._decode(x)
+        self._revive()
+        self._share_heavy()
+        if self.clip_norm is not None:
+            self._update_latents(norm=True)
+            self._update_b_dec(norm=True)
+            self._clip()
+        self._update_latents()
+        self._update_b_dec()
+
+    def _prepare(self, x: Tensor) -> None:
+        self._index.clear()
+        steps = [slot["step"] for slot in self.state.values()]
+        _schedule_kernel[(1,)](*steps, self.lr, self._constants, self._hyper, num_warps=1)
+        _centre_kernel[(-(-x.numel() // _CENTRE_BLOCK),)](
+            x,
+            self.parameters["b_dec"],
+            self._centred,
+            x.numel(),
+            D=self.d_in,
+            BLOCK=_CENTRE_BLOCK,
+            num_warps=8,
+        )
+
+    def _encode(self) -> None:
+        W_enc = self._copies["W_enc_T"].t()
+        for first in range(0, self.batch_size, self.rows_at_once):
+            rows = slice(first, first + self.rows_at_once)
+            centred = self._centred[rows]
+            pre = torch.addmm(self._copies["b_enc"], centred, W_enc, out=self._pre[: len(centred)])
+            topk_select(
+                pre,
+                self.k,
+                out=(self._values[rows], self._indices[rows]),
+                count=self._index.count,
+                rank=self._rank[rows],
+                config=self.config.select,
+            )
+
+    def _index_latents(self) -> None:
+        self._index.build(self._values, self._indices, k=self.k, dead=self._dead)
+
+    def _decode(self, x: Tensor) -> None:
+        decode_residual(
+            self._values,
+            self._indices,
+            self._copies["W_dec"],
+            self.parameters["b_dec"],
+            x,
+            self._residual,
+            self._losses,
+            scale=1 / self.batch_size,
+            config=self.config.decode,
+        )
+        torch.sum(self._losses, (0, 1), out=self.loss)
+
+    def _revive(self) -> None:
+        if self._auxk is None:
+            return
+        if self._room == 0:
+            self.auxk_loss.zero_()
+            return
+        assert self._dead is not None
+        if self._room not in self._revival:
+            self._revival[self._room] = AuxKGradients(
+                self._auxk, self._dead[0], self.d_in, self._room
+            )
+        copies = self._copies
+        self._revival[self._room].compute(
+            self._centred,
+            self._residual.to(self._centred.dtype),
+            self.loss,
+            copies["W_enc_T"],
+            copies["W_dec"],
+            copies["b_enc"],
+            self.auxk_loss,
+        )
+
+    def _share_heavy(self) -> None:
+        _chunk_kernel[(self._heavy_programs,)](
+            *self._masters("W_dec"),
+            *self._index.entries(),
+            *self._index.chunks(),
+            self._residual,
+            self._centred,
+            self._chunk_rows,
+            self._chunk_sums,
+            **self._row_options(),
+        )
+
+    def _update_latents(self, norm: bool = False) -> None:
+        enc, dec, bias = (self.state[name] for name in ("W_enc_T", "W_dec", "b_enc"))
+        # The gradient of b_dec needs W_enc of before the step.
+        sums = norm or self.clip_norm is None
+        aux = self._revival.get(self._room)
+        _latent_kernel[(self._programs,)](
+            *self._masters("W_dec"),
+            dec["exp_avg"],
+            dec["exp_avg_sq"],
+            *self._masters("W_enc_T"),
+            enc["exp_avg"],
+            enc["exp_avg_sq"],
+            self.parameters["b_enc"],
+            self._copies["b_enc"],
+            bias["exp_avg"],
+            bias["exp_avg_sq"],
+            *self._index.entries(),
+            self._index.start,
+            self._index.count,
+            self._index.first_chunk,
+            self._residual,
+            self._centred,
+            self._chunk_rows,
+            self._chunk_sums,
+            self._pre_bias,
+            self._squares,
+            self._hyper,
+            None if aux is None else aux.slot,
+            None if aux is None else aux.rows,
+            None if aux is None else aux.bias,
+            self.d_sae,
+            2 / self.batch_size,
+            *self._adam(),
+            HEAVY=self.config.heavy,
+            COPY=self._copies["b_enc"] is not self.parameters["b_enc"],
+            NORM=norm,
+            SUMS=sums,
+            AUX=aux is not None,
+            **self._row_options(),
+        )
+
+    def _update_b_dec(self, norm: bool = False) -> None:
+        columns = min(128, power(self.d_in))
+        if norm or self.clip_norm is None:
+            for sums, first, n_parts in (
+                (self._residual, 0, _RESIDUAL_PARTS),
+                (self._pre_bias, _RESIDUAL_PARTS, _ENCODER_PARTS),
+            ):
+                _column_sum_kernel[(-(-self.d_in // columns), n_parts)](
+                    sums,
+                    self._parts[first:],
+                    len(sums),
+                    -(-len(sums) // n_parts),
+                    D=self.d_in,
+                    ROWS=16,
+                    COLUMNS=columns,
+                )
+        slot = self.state["b_dec"]
+        _b_dec_kernel[(-(-self.d_in // _BIAS_COLUMNS),)](
+            self._parts,
+            self.parameters["b_dec"],
+            slot["exp_avg"],
+            slot["exp_avg_sq"],
+            self._squares[self._programs :],
+            self._hyper,
+            2 / self.batch_size,
+            *self._adam(),
+            D=self.d_in,
+            ADDED=_RESIDUAL_PARTS,
+            PARTS=_RESIDUAL_PARTS + _ENCODER_PARTS,
+            ROWS=32,
+            COLUMNS=_BIAS_COLUMNS,
+            NORM=norm,
+        )
+
+    def _clip(self) -> None:
+        _clip_kernel[(1,)](
+            self._squares, self._hyper, self.clipped, len(self._squares), self.clip_norm, BLOCK=1024
+        )
+
+    def _masters(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a matrix: float32 weights, their copy in what is multiplied, the copy's lower bits."""
+        copy = self._copies[name]
+        if self.split_master:
+            return copy, copy.view(torch.int16), self._lower[name]
+        return self.parameters[name], copy, copy
+
+    def _adam(self) -> tuple[float, float, float, float, float]:
+        # 1 - beta from the full beta: a kernel's arguments are float32.
+        one, two = self.betas
+        return one, 1 - one, two, 1 - two, self.eps
+
+    def _row_options(self) -> dict[str, int | None]:
+        row = self.config.row
+        return {
+            "D": self.d_in,
+            "BLOCK": power(self.d_in),
+            "STAGES": row.n_stages,
+            "SPLIT": self.split_master,
+            "num_warps": row.n_warps,
+            "maxnreg": row.max_registers,
+        }
+
+
+@triton.jit
+@no_type_check
+def _schedule_kernel(step_0, step_1, step_2, step_3, lr, constants, hyper):
+    step = tl.load(step_0) + 1
+    tl.store(step_0, step)
+    tl.store(step_1, step)
+    tl.store(step_2, step)
+    tl.store(step_3, step)
+    power_1 = tl.exp(step.to(tl.float64) * tl.load(constants))
+    power_2 = tl.exp(step.to(tl.float64) * tl.load(constants + 1))
+    rate = tl.load(lr)
+    tl.store(hyper, (rate / (1 - power_1)).to(tl.float32))
+    tl.store(hyper + 1, (1 / tl.sqrt(1 - power_2)).to(tl.float32))
+    tl.store(hyper + 2, (1 - rate * tl.load(constants + 2)).to(tl.float32))
+
+
+@triton.jit
+@no_type_check
+def _centre_kernel(x, b_dec, centred, numel, D: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = at < numel
+    entry = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
+    entry -= tl.load(b_dec + at % D, mask=there, other=0.0)
+    tl.store(centred + at, entry.to(centred.dtype.element_ty), mask=there)
+
+
+@triton.jit
+@no_type_check
+def _weights(full, high, low, at, inside, SPLIT: tl.constexpr):
+    # A row of a matrix in float32.
+    if SPLIT:
+        upper = tl.load(high + at, mask=inside, other=0, eviction_policy="evict_first")
+        lower = tl.load(low + at, mask=inside, other=0, eviction_policy="evict_first")
+        bits = (upper.to(tl.int32) << 16) + lower.to(tl.int32)
+        weight = bits.to(tl.float32, bitcast=True)
+    else:
+        weight = tl.load(full + at, mask=inside, other=0.0, eviction_policy="evict_first")
+    return weight
+
+
+@triton.jit
+@no_type_check
+def _put_weights(weight, full, high, low, at, inside, SPLIT: tl.constexpr, COPY: tl.constexpr):
+    if SPLIT:
+        bits = weight.to(tl.int32, bitcast=True)
+        # To the nearest, and up from the middle, so that what is left fits 16 bits.
+        upper = (bits + 0x8000) >> 16
+        lower = bits - (upper << 16)
+        tl.store(high + at, upper.to(tl.int16), mask=inside, cache_modifier=".cs")
+        tl.store(low + at, lower.to(tl.int16), mask=inside, cache_modifier=".cs")
+    else:
+        tl.store(full + at, weight, mask=inside, cache_modifier=".cs")
+        if COPY:
+            tl.store(high + at, weight.to(tl.bfloat16), mask=inside, cache_modifier=".cs")
+
+
+@triton.jit
+@no_type_check
+def _sum_entries(
+    weight,
+    first,
+    n,
+    row,
+    value,
+    residual,
+    centred,
+    column,
+    inside,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    # Of a latent's entries [first, first + n), before scaling: its gradients in W_dec, W_enc and
+    # b_enc, and the product of the first with its row.
+    d_dec = tl.zeros([BLOCK], tl.float32)
+    d_enc = tl.zeros([BLOCK], tl.float32)
+    d_bias = 0.0
+    along = 0.0
+    for i in tl.range(first, first + n, num_stages=STAGES):
+        at = tl.load(row + i).to(tl.int64) * D + column
+        z = tl.load(value + i)
+        error = tl.load(residual + at, mask=inside, other=0.0, eviction_policy="evict_last")
+        entry = tl.load(centred + at, mask=inside, other=0.0, eviction_policy="evict_last")
+        error = error.to(tl.float32)
+        d_z = tl.sum(error * weight)
+        d_dec += z * error
+        d_enc += d_z * entry.to(tl.float32)
+        d_bias += d_z
+        along += d_z * z
+    return d_dec, d_enc, d_bias, along
+
+
+@triton.jit
+@no_type_check
+def _chunk_kernel(
+    W_dec,
+    dec_high,
+    dec_low,
+    row,
+    value,
+    totals,
+    chunk_latent,
+    chunk_start,
+    chunk_length,
+    residual,
+    centred,
+    chunk_rows,
+    chunk_sums,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    column = tl.arange(0, BLOCK)
+    inside = column < D
+    for chunk in range(tl.program_id(0), tl.load(totals + 1), tl.num_programs(0)):
+        at = tl.load(chunk_latent + chunk).to(tl.int64) * D + column
+        d_dec, d_enc, d_bias, along = _sum_entries(
+            _weights(W_dec, dec_high, dec_low, at, inside, SPLIT),
+            tl.load(chunk_start + chunk),
+            tl.load(chunk_length + chunk),
+            row,
+            value,
+            residual,
+            centred,
+            column,
+            inside,
+            D,
+            BLOCK,
+            STAGES,
+        )
+        out = chunk_rows + tl.cast(chunk, tl.int64) * (2 * D) + column
+        tl.store(out, d_dec, mask=inside)
+        tl.store(out + D, d_enc, mask=inside)
+        tl.store(chunk_sums + 2 * chunk, d_bias)
+        tl.store(chunk_sums + 2 * chunk + 1, along)
+
+
+@triton.jit
+@no_type_check
+def _adam(weight, mean, square, grad, rate, root, decay, b_1, c_1, b_2, c_2, eps):
+    mean = b_1 * mean + c_1 * grad
+    square = b_2 * square + c_2 * grad * grad
+    return weight * decay - rate * mean / (tl.sqrt(square) * root + eps), mean, square
+
+
+@triton.jit
+@no_type_check
+def _latent_kernel(
+    W_dec,
+    dec_high,
+    dec_low,
+    dec_mean,
+    dec_square,
+    W_enc,
+    enc_high,
+    enc_low,
+    enc_mean,
+    enc_square,
+    b_enc,
+    b_enc_copy,
+    bias_mean,
+    bias_square,
+    row,
+    value,
+    start,
+    count,
+    first_chunk,
+    residual,
+    centred,
+    chunk_rows,
+    chunk_sums,
+    pre_bias,
+    squares,
+    hyper,
+    aux_slot,
+    aux_rows,
+    aux_bias,
+    d_sae,
+    scale,
+    b_1,
+    c_1,
+    b_2,
+    c_2,
+    eps,
+    HEAVY: tl.constexpr,
+    COPY: tl.constexpr,
+    NORM: tl.constexpr,
+    SUMS: tl.constexpr,
+    AUX: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    # NORM: only the sum of the gradients' squares. SUMS: also db_enc @ W_enc.T, for b_dec.
+    # AUX: adds the gradients of AuxK, which has none for b_dec.
+    program = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < D
+    through = tl.zeros([BLOCK], tl.float32)
+    squared = 0.0
+    rate = tl.load(hyper)
+    root = tl.load(hyper + 1)
+    decay = tl.load(hyper + 2)
+    share = 1.0
+    if not NORM:
+        share = tl.load(hyper + 3)
+    scale *= share
+    for latent in range(program, d_sae, tl.num_programs(0)):
+        at = tl.cast(latent, tl.int64) * D + column
+        n = tl.load(count + latent)
+        first = tl.load(start + latent)
+        dec = _weights(W_dec, dec_high, dec_low, at, inside, SPLIT)
+        if n > HEAVY:
+            d_dec = tl.zeros([BLOCK], tl.float32)
+            d_enc = tl.zeros([BLOCK], tl.float32)
+            d_bias = 0.0
+            along = 0.0
+            chunk = tl.load(first_chunk + latent)
+            # In one order, whichever program made which.
+            for i in range(chunk, chunk + (n + HEAVY - 1) // HEAVY):
+                part = chunk_rows + tl.cast(i, tl.int64) * (2 * D) + column
+                d_dec += tl.load(part, mask=inside, other=0.0)
+                d_enc += tl.load(part + D, mask=inside, other=0.0)
+                d_bias += tl.load(chunk_sums + 2 * i)
+                along += tl.load(chunk_sums + 2 * i + 1)
+        else:
+            d_dec, d_enc, d_bias, along = _sum_entries(
+                dec,
+                first,
+                n,
+                row,
+                value,
+                residual,
+                centred,
+                column,
+                inside,
+                D,
+                BLOCK,
+                STAGES,
+            )
+        if SUMS or not NORM:
+            enc = _weights(W_enc, enc_high, enc_low, at, inside, SPLIT)
+        if SUMS:
+            through += d_bias * enc
+        # Off the row, along which it would only change the norm.
+        d_dec = (d_dec - along * dec) * scale
+        d_enc = d_enc * scale
+        d_bias = d_bias * scale
+        if AUX:
+            slot = tl.load(aux_slot + latent)
+            if slot >= 0:
+                part = aux_rows + tl.cast(slot, tl.int64) * (2 * D) + column
+                more = tl.load(part, mask=inside, other=0.0)
+                d_dec += share * (more - tl.sum(more * dec) * dec)
+                d_enc += share * tl.load(part + D, mask=inside, other=0.0)
+                d_bias += share * tl.load(aux_bias + slot)
+        if NORM:
+            squared += tl.sum(d_dec * d_dec + d_enc * d_enc) + d_bias * d_bias
+        else:
+            mean = tl.load(dec_mean + at, mask=inside, other=0.0, eviction_policy="evict_first")
+            square = tl.load(dec_square + at, mask=inside, other=0.0, eviction_policy="evict_first")
+            dec, mean, square = _adam(
+                dec, mean, square, d_dec, rate, root, decay, b_1, c_1, b_2, c_2, eps
+            )
+            tl.store(dec_mean + at, mean, mask=inside, cache_modifier=".cs")
+            tl.store(dec_square + at, square, mask=inside, cache_modifier=".cs")
+            dec = tl.where(inside, dec, 0.0)
+            dec = dec * (1 / tl.sqrt(tl.sum(dec * dec)))
+            _put_weights(dec, W_dec, dec_high, dec_low, at, inside, SPLIT, COPY)
+            mean = tl.load(enc_mean + at, mask=inside, other=0.0, eviction_policy="evict_first")
+            square = tl.load(enc_square + at, mask=inside, other=0.0, eviction_policy="evict_first")
+            enc, mean, square = _adam(
+                enc, mean, square, d_enc, rate, root, decay, b_1, c_1, b_2, c_2, eps
+            )
+            tl.store(enc_mean + at, mean, mask=inside, cache_modifier=".cs")
+            tl.store(enc_square + at, square, mask=inside, cache_modifier=".cs")
+            _put_weights(enc, W_enc, enc_high, enc_low, at, inside, SPLIT, COPY)
+            bias, mean_1, square_1 = _adam(
+                tl.load(b_enc + latent),
+                tl.load(bias_mean + latent),
+                tl.load(bias_square + latent),
+                d_bias,
+                rate,
+                root,
+                decay,
+                b_1,
+                c_1,
+                b_2,
+                c_2,
+                eps,
+            )
+            tl.store(bias_mean + latent, mean_1)
+            tl.store(bias_square + latent, square_1)
+            tl.store(b_enc + latent, bias)
+            if COPY:
+                tl.store(b_enc_copy + latent, bias.to(tl.bfloat16))
+    if SUMS:
+        tl.store(pre_bias + program * D + column, through, mask=inside)
+    if NORM:
+        tl.store(squares + program, squared)
+
+
+@triton.jit
+@no_type_check
+def _column_sum_kernel(
+    x,
+    parts,
+    n_rows,
+    rows_each,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    begin = tl.program_id(1) * rows_each
+    stop = tl.minimum(begin + rows_each, n_rows)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(0, rows_each, ROWS):
+        i = begin + first + tl.arange(0, ROWS)
+        there = (i < stop)[:, None] & (column < D)[None, :]
+        at = i[:, None].to(tl.int64) * D + column[None, :]
+        total += tl.load(x + at, mask=there, other=0.0).to(tl.float32)
+    out = parts + tl.program_id(1) * D + column
+    tl.store(out, tl.sum(total, axis=0), mask=column < D)
+
+
+@triton.jit
+@no_type_check
+def _b_dec_kernel(
+    parts,
+    b_dec,
+    mean,
+    square,
+    squares,
+    hyper,
+    scale,
+    b_1,
+    c_1,
+    b_2,
+    c_2,
+    eps,
+    D: tl.constexpr,
+    ADDED: tl.constexpr,
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    # The residual's sum, less what reaches b_dec through the encoder.
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < D
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(0, PARTS, ROWS):
+        i = first + tl.arange(0, ROWS)
+        there = (i < PARTS)[:, None] & inside[None, :]
+        part = tl.load(parts + i[:, None] * D + column[None, :], mask=there, other=0.0)
+        total += tl.where((i < ADDED)[:, None], part, -part)
+    grad = tl.sum(total, axis=0) * scale
+    if NORM:
+        tl.store(squares + tl.program_id(0), tl.sum(tl.where(inside, grad * grad, 0.0)))
+    else:
+        bias, mean_1, square_1 = _adam(
+            tl.load(b_dec + column, mask=inside, other=0.0),
+            tl.load(mean + column, mask=inside, other=0.0),
+            tl.load(square + column, mask=inside, other=0.0),
+            grad * tl.load(hyper + 3),
+            tl.load(hyper),
+            tl.load(hyper + 1),
+            tl.load(hyper + 2),
+            b_1,
+            c_1,
+            b_2,
+            c_2,
+            eps,
+        )
+        tl.store(mean + column, mean_1, mask=inside)
+        tl.store(square + column, square_1, mask=inside)
+        tl.store(b_dec + column, bias, mask=inside)
+
+
+@triton.jit
+@no_type_check
+def _clip_kernel(squares, hyper, clipped, n, clip_norm, BLOCK: tl.constexpr):
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, n, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        total += tl.load(squares + i, mask=i < n, other=0.0)
+    norm = tl.sqrt(tl.sum(total))
+    share = clip_norm / (norm + 1e-6)
+    # As torch.nn.utils.clip_grad_norm_ has it; what is no number stays so.
+    tl.store(hyper + 3, tl.where(share > 1, 1.0, share))
+    tl.store(clipped, tl.load(clipped) + (norm > clip_norm).to(tl.int64))

@@ -1,0 +1,109 @@
+"""Steps of TopK SAEs by the fused kernels."""
+
+import logging
+
+import torch
+from torch import Tensor
+
+from saekit import kernels
+from saekit.kernels.auxk import AuxKConfig
+from saekit.trainers._autoencoder import Autoencoder
+from saekit.trainers._base import Batch, Step
+from saekit.trainers._precision import precision_on
+
+log = logging.getLogger(__name__)
+
+
+class FusedStep(Step):
+    """See `kernels.triton_step`. The optimiser's moments are its own, so what is
+    kept and resumed is the same as on the eager path."""
+
+    def __init__(
+        self, trainer: Autoencoder, optimiser: torch.optim.Optimizer, k: int, device: str
+    ) -> None:
+        from saekit.kernels.triton_step import FusedTopKStep
+
+        cfg = trainer.cfg
+        precision = precision_on(device, cfg)
+        self._trainer = trainer
+        parameters = {
+            "W_enc_T": trainer.W_enc,
+            "W_dec": trainer.W_dec,
+            "b_enc": trainer.b_enc,
+            "b_dec": trainer.b_dec,
+        }
+        auxk = None
+        if cfg.revive == "auxk" and cfg.auxk_coef > 0:
+            k_aux = cfg.k_aux or trainer.d_in // 2 or 1
+            auxk = AuxKConfig(cfg.dead_after, k_aux, cfg.auxk_coef, trainer.variance)
+        self._step = FusedTopKStep(
+            *(_as_held(name, p.data) for name, p in parameters.items()),
+            k=k,
+            batch_size=cfg.batch_size,
+            betas=cfg.adam_betas,
+            weight_decay=cfg.weight_decay,
+            clip_norm=cfg.clip_norm,
+            precision=precision,
+            state={
+                name: {key: _as_held(name, t) for key, t in optimiser.state[p].items()}
+                for name, p in parameters.items()
+                if p in optimiser.state
+            },
+            since=trainer.dead.since,
+            fired=trainer.dead.fired,
+            auxk=auxk,
+            deterministic=True,
+            # Resampling reads and writes the parameters between steps.
+            split_master=precision == "bfloat16" and cfg.revive != "resample",
+            graph=True,
+        )
+        for name, p in parameters.items():
+            held = self._step.state[name]
+            optimiser.state[p] = {key: _as_held(name, t) for key, t in held.items()}
+        self._optimiser = optimiser
+        self.clipped = self._step.clipped
+        self._revives = auxk is not None
+
+    def __call__(self, batch: Batch, lr: float) -> dict[str, Tensor]:
+        self._step.lr.fill_(lr)
+        for group in self._optimiser.param_groups:
+            group["lr"] = lr
+        losses = {"mse": self._step(batch.x).clone()}
+        if self._revives:
+            losses["auxk"] = self._step.auxk_loss.clone()
+        self._trainer.l0 = self._step.l0
+        return losses
+
+    def settle(self) -> None:
+        self._step.write_back()
+
+    def take_over(self) -> None:
+        self._step.take_over()
+
+
+def _as_held(name: str, tensor: Tensor) -> Tensor:
+    """W_enc and its moments lie transposed in memory, and are given as they lie."""
+    return tensor.T if name == "W_enc_T" and tensor.ndim == 2 else tensor
+
+
+def fused_topk(
+    trainer: Autoencoder, optimiser: torch.optim.Optimizer, k: int, device: str
+) -> Step | None:
+    """Fused steps for a trainer that keeps the k largest latents of a row; None, and the reason in
+    the log, where it takes those of the eager path."""
+    reason = _obstacle(trainer, device)
+    log.info("steps on %s: %s", device, f"eager ({reason})" if reason else "fused (Triton)")
+    return None if reason else FusedStep(trainer, optimiser, k, device)
+
+
+def _obstacle(trainer: Autoencoder, device: str) -> str:
+    """Why a trainer cannot take fused steps; empty where it can."""
+    cfg = trainer.cfg
+    choice = kernels.choose(torch.device(device), torch.float32, trainer.d_in)
+    if choice.backend != "triton":
+        return f"kernels are {choice.backend}: {choice.why}"
+    if cfg.freeze != "none":
+        return f"freeze='{cfg.freeze}'"
+    if cfg.revive == "ghost":
+        return "revive='ghost'"
+    return ""
