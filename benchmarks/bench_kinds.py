@@ -102,7 +102,12 @@ TRUE_L0 = 7
 
 def defaults_of(data: str) -> dict[str, Any]:
     """What every run on these data is trained with, but for its own options."""
-    common = {"n_tokens": 1_000_000, "checkpoint_every": 100_000, "life_windows": 0}
+    common: dict[str, Any] = {
+        "n_tokens": 1_000_000,
+        "precision": "float32",
+        "checkpoint_every": 100_000,
+        "life_windows": 0,
+    }
     if data == "demo":
         sizes = {"d_sae": 2048, "batch_size": 1024, "lr": 4e-3, "dead_after": 100_000}
     elif data.startswith("tree"):
