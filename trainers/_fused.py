@@ -1,4 +1,4 @@
-"""Steps of TopK SAEs by the fused kernels."""
+"""Steps of TopK and BatchTopK SAEs by the fused kernels."""
 
 import logging
 
@@ -10,6 +10,7 @@ from saekit.kernels.auxk import AuxKConfig
 from saekit.trainers._autoencoder import Autoencoder
 from saekit.trainers._base import Batch, Step
 from saekit.trainers._precision import precision_on
+from saekit.trainers._threshold import RunningMean
 
 log = logging.getLogger(__name__)
 
@@ -19,13 +20,18 @@ class FusedStep(Step):
     kept and resumed is the same as on the eager path."""
 
     def __init__(
-        self, trainer: Autoencoder, optimiser: torch.optim.Optimizer, k: int, device: str
+        self,
+        trainer: Autoencoder,
+        optimiser: torch.optim.Optimizer,
+        k: int,
+        device: str,
+        threshold: RunningMean | None,
     ) -> None:
-        from saekit.kernels.triton_step import FusedTopKStep
+        from saekit.kernels.triton_step import FusedBatchTopKStep, FusedTopKStep
 
         cfg = trainer.cfg
         precision = precision_on(device, cfg)
-        self._trainer = trainer
+        self._trainer, self._threshold = trainer, threshold
         parameters = {
             "W_enc_T": trainer.W_enc,
             "W_dec": trainer.W_dec,
@@ -36,7 +42,8 @@ class FusedStep(Step):
         if cfg.revive == "auxk" and cfg.auxk_coef > 0:
             k_aux = cfg.k_aux or trainer.d_in // 2 or 1
             auxk = AuxKConfig(cfg.dead_after, k_aux, cfg.auxk_coef, trainer.variance)
-        self._step = FusedTopKStep(
+        form = FusedTopKStep if threshold is None else FusedBatchTopKStep
+        self._step = form(
             *(_as_held(name, p.data) for name, p in parameters.items()),
             k=k,
             batch_size=cfg.batch_size,
@@ -72,6 +79,8 @@ class FusedStep(Step):
         if self._revives:
             losses["auxk"] = self._step.auxk_loss.clone()
         self._trainer.l0 = self._step.l0
+        if self._threshold is not None:
+            self._threshold.update(*self._step.smallest())
         return losses
 
     def settle(self) -> None:
@@ -86,14 +95,19 @@ def _as_held(name: str, tensor: Tensor) -> Tensor:
     return tensor.T if name == "W_enc_T" and tensor.ndim == 2 else tensor
 
 
-def fused_topk(
-    trainer: Autoencoder, optimiser: torch.optim.Optimizer, k: int, device: str
+def fused_step(
+    trainer: Autoencoder,
+    optimiser: torch.optim.Optimizer,
+    k: int,
+    device: str,
+    threshold: RunningMean | None = None,
 ) -> Step | None:
-    """Fused steps for a trainer that keeps the k largest latents of a row; None, and the reason in
-    the log, where it takes those of the eager path."""
+    """Fused steps for a trainer that keeps the k largest latents of each row; or, with `threshold`,
+    which takes in the smallest entry kept, k times as many of a batch as it has rows. None, and the
+    reason in the log, where it takes those of the eager path."""
     reason = _obstacle(trainer, device)
     log.info("steps on %s: %s", device, f"eager ({reason})" if reason else "fused (Triton)")
-    return None if reason else FusedStep(trainer, optimiser, k, device)
+    return None if reason else FusedStep(trainer, optimiser, k, device, threshold)
 
 
 def _obstacle(trainer: Autoencoder, device: str) -> str:

@@ -13,6 +13,7 @@ each token alone. Departures: the moving average does not start at 0 (see `_thre
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -20,7 +21,8 @@ from saekit import kernels
 from saekit.errors import ConfigError
 from saekit.sae import SAE, JumpReLU
 from saekit.trainers._autoencoder import Autoencoder, AutoencoderConfig
-from saekit.trainers._base import Batch
+from saekit.trainers._base import Batch, Step
+from saekit.trainers._fused import fused_step
 from saekit.trainers._threshold import RunningMean, smallest
 
 
@@ -67,6 +69,12 @@ class BatchTopKTrainer(Autoencoder):
     def losses(self, batch: Batch) -> dict[str, Float[Tensor, ""]]:
         centred = batch.x - self.b_dec
         return self.reconstruct(self.choose(centred), centred)
+
+    def fused_step(self, optimiser: torch.optim.Optimizer, device: str) -> Step | None:
+        # A kind made from this one has losses of its own.
+        if type(self) is not BatchTopKTrainer:
+            return None
+        return fused_step(self, optimiser, self.cfg.k, device, self.threshold)
 
     def choose(self, centred: Float[Tensor, "batch d_in"]) -> kernels.Code:
         """The code of a batch. What it tells of thresholds is taken in."""

@@ -99,8 +99,9 @@ def weighted_rows(
 
 
 def decode_residual(
-    values: Float[Tensor, "batch k"],
-    indices: Int[Tensor, "batch k"],
+    values: Float[Tensor, "..."],
+    indices: Int[Tensor, "..."],
+    offsets: Int[Tensor, " offsets"] | None,
     table: Float[Tensor, "d_sae d"],
     b_dec: Float[Tensor, " d"],
     x: Float[Tensor, "batch d"],
@@ -111,7 +112,7 @@ def decode_residual(
     config: DecodeConfig,
 ) -> None:
     """`out = decoded + b_dec - x`; `loss` adds up to `scale` times its squares."""
-    _decode(values, indices, None, table, b_dec, x, out, loss, scale, config)
+    _decode(values, indices, offsets, table, b_dec, x, out, loss, scale, config)
 
 
 def _decode(
@@ -247,6 +248,7 @@ class LatentIndex:
         *,
         deterministic: bool = False,
         distinct: int = 0,
+        ragged: bool = False,
         heavy: int | None = None,
     ) -> None:
         def integers(n: int) -> Tensor:
@@ -268,7 +270,8 @@ class LatentIndex:
         self._chunk_length = integers(self.n_chunks)
         self._programs = multiprocessors(device)
         # Of each latent with chunks, by its first: which entry of a row it is, counted from 1.
-        places = torch.uint8 if n_entries < 256 * distinct else torch.int32
+        small = not ragged and n_entries < 256 * distinct
+        places = torch.uint8 if small else torch.int32
         self._map = torch.zeros(
             self.n_chunks if deterministic else 0, distinct, dtype=places, device=device
         )

@@ -163,19 +163,59 @@ def batch_topk_select(
     A histogram of the keys says where to cut. Only what exceeds a bound from a sample goes into it;
     where the sample misled, a second one of all that is above 0.
     """
-    keys = _keys(pre)
+    _keys(pre)
     n_kept = min(n_kept, pre.numel())
     if n_kept <= 0 or pre.numel() == 0:
         nothing = torch.zeros(len(pre), dtype=torch.int64, device=pre.device)
         return _fill(pre, pre.new_zeros((), dtype=torch.float32), nothing, nothing)
+    return _fill(pre, *_batch_bound(pre, n_kept))
+
+
+def batch_topk_into(
+    pre: Float[Tensor, "batch d_sae"],
+    *,
+    values: Float[Tensor, " most"],
+    indices: Int[Tensor, " most"],
+    rows: Int[Tensor, " most"],
+    offsets: Int[Tensor, " offsets"],
+    count: Int[Tensor, " d_sae"],
+    rank: Int[Tensor, " most"],
+) -> None:
+    """As `batch_topk_select` of `most` entries, into memory that is given, and without waiting for
+    the device: where fewer are above 0, places from `offsets[-1]` on are left as they are, but for
+    a rank of -1. `rows` says each entry's row; `count` and `rank` are as for `topk_select`."""
+    bound, kept, equal = _batch_bound(pre, len(values))
+    offsets[:1].zero_()
+    torch.cumsum(kept, 0, out=offsets[1:])
+    rank.fill_(-1)
+    _fill_kernel[(len(pre),)](
+        pre,
+        bound,
+        equal,
+        offsets,
+        values,
+        indices,
+        rows,
+        count,
+        rank,
+        pre.shape[1],
+        EACH=False,
+        COUNT=True,
+        BLOCK=_SCAN_BLOCK,
+    )
+
+
+def _batch_bound(pre: Tensor, n_kept: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The smallest of the n_kept largest entries, how many entries each row keeps, and how many of
+    these equal it."""
     high = 0 if pre.dtype.itemsize == 2 else 16
-    cut, above = _cut(keys.view(-1), n_kept, _sampled_bound(pre, n_kept), high)
+    cut, above = _cut(_keys(pre).view(-1), n_kept, _sampled_bound(pre, n_kept), high)
     bound = _value_of(cut, pre.dtype)
     larger, equal = _row_counts(pre, bound)
     # The equal ones that are kept: as many as are missing, from the first rows on.
     missing = torch.where(cut > 0, n_kept - above, 0)
     taken = (missing - (equal.cumsum(0) - equal)).clamp_min(0).minimum(equal)
-    return _fill(pre, bound, larger + taken, taken)
+    return bound, larger + taken, taken
 
 
 def _keys(pre: Tensor) -> Tensor:
@@ -286,8 +326,12 @@ def _fill(
             offsets,
             values,
             indices,
+            None,
+            None,
+            None,
             d_sae,
             EACH=threshold.ndim == 1,
+            COUNT=False,
             BLOCK=_SCAN_BLOCK,
         )
     return values, indices, offsets
@@ -521,8 +565,12 @@ def _fill_kernel(
     offsets,
     values,
     indices,
+    rows,
+    count,
+    rank,
     d_sae,
     EACH: tl.constexpr,
+    COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -540,5 +588,9 @@ def _fill_kernel(
         place = out + tl.cumsum(kept.to(tl.int32), axis=0) - 1
         tl.store(values + place, stored, mask=kept)
         tl.store(indices + place, latent, mask=kept)
+        if COUNT:
+            tl.store(rows + place, tl.cast(row, tl.int32), mask=kept)
+            at = tl.atomic_add(count + latent, 1, mask=kept, sem="relaxed")
+            tl.store(rank + place, at, mask=kept)
         missing -= tl.minimum(missing, tl.sum(same).to(tl.int64))
         out += tl.sum(kept.to(tl.int32)).to(tl.int64)

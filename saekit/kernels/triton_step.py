@@ -25,7 +25,7 @@ from typing import Literal, no_type_check
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saekit.errors import ConfigError
@@ -46,6 +46,7 @@ from saekit.kernels.triton_decode import (
 )
 from saekit.kernels.triton_select import (
     SelectConfig,
+    batch_topk_into,
     select_candidates,
     select_config,
     topk_select,
@@ -106,6 +107,9 @@ class FusedTopKStep:
     Whoever changes a parameter between steps calls `take_over` after it.
     """
 
+    _RAGGED = False
+    """Whether rows keep different numbers of latents."""
+
     def __init__(
         self,
         W_enc_T: Float[Tensor, "d_sae d_in"],
@@ -142,6 +146,8 @@ class FusedTopKStep:
         self.betas, self.eps, self.clip_norm = betas, eps, clip_norm
         self.split_master = split_master
         self.rows_at_once = min(rows_at_once or batch_size, batch_size)
+        if self._RAGGED and self.rows_at_once < batch_size:
+            raise ConfigError("rows_at_once cuts a batch that is selected from as a whole")
         self._check(precision)
         self.config = config or step_config(self.d_in, self.d_sae, k)
         self.state = self._state(state)
@@ -186,11 +192,18 @@ class FusedTopKStep:
             self.device,
             deterministic=deterministic,
             distinct=batch_size,
+            ragged=self._RAGGED,
             heavy=self.config.heavy,
         )
-        self._values = new(batch_size, k, dtype=low)
-        self._indices = new(batch_size, k, dtype=torch.int32)
-        self._rank = self._index.rank.view(batch_size, k)
+        shape = (batch_size * k,) if self._RAGGED else (batch_size, k)
+        self._values = new(*shape, dtype=low)
+        self._indices = new(*shape, dtype=torch.int32)
+        self._rank = self._index.rank.view(shape)
+        self._offsets: Tensor | None = None
+        self._rows: Tensor | None = None
+        if self._RAGGED:
+            self._offsets = new(batch_size + 1, dtype=torch.int64)
+            self._rows = new(*shape, dtype=torch.int32)
         self._pre = new(self.rows_at_once, d_sae, dtype=low)
         self._centred = new(batch_size, d_in, dtype=low)
         self._residual = new(batch_size, d_in, dtype=residual_dtype or low)
@@ -249,6 +262,11 @@ class FusedTopKStep:
                     )
             state[name] = slot
         return state
+
+    def smallest(self) -> tuple[Float[Tensor, ""], Bool[Tensor, ""]]:
+        """The smallest entry above 0 that the last batch kept, and whether it kept any."""
+        kept = self._rank >= 0
+        return self._values.float().masked_fill(~kept, torch.inf).min(), kept.any()
 
     @property
     def l0(self) -> Float[Tensor, ""]:
@@ -356,12 +374,14 @@ class FusedTopKStep:
             )
 
     def _index_latents(self) -> None:
-        self._index.build(self._values, self._indices, k=self.k, dead=self._dead)
+        k = 0 if self._RAGGED else self.k
+        self._index.build(self._values, self._indices, k=k, rows=self._rows, dead=self._dead)
 
     def _decode(self, x: Tensor) -> None:
         decode_residual(
             self._values,
             self._indices,
+            self._offsets,
             self._copies["W_dec"],
             self.parameters["b_dec"],
             x,
@@ -508,6 +528,26 @@ class FusedTopKStep:
             "num_warps": row.n_warps,
             "maxnreg": row.max_registers,
         }
+
+
+class FusedBatchTopKStep(FusedTopKStep):
+    """The same for BatchTopK: the k * batch_size largest entries of a batch are kept."""
+
+    _RAGGED = True
+
+    def _encode(self) -> None:
+        assert self._rows is not None and self._offsets is not None
+        W_enc = self._copies["W_enc_T"].t()
+        pre = torch.addmm(self._copies["b_enc"], self._centred, W_enc, out=self._pre)
+        batch_topk_into(
+            pre,
+            values=self._values,
+            indices=self._indices,
+            rows=self._rows,
+            offsets=self._offsets,
+            count=self._index.count,
+            rank=self._rank,
+        )
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from saekit.trainers._fused import FusedStep
 from saekit.trainers._resume_check import check_resume
 from saekit.trainers._run import _optimiser
 from saekit.trainers._step import EagerStep
+from saekit.trainers.batch_topk import BatchTopKConfig, BatchTopKTrainer
 from saekit.trainers.gradient_topk import GradientTopKConfig, GradientTopKTrainer
 from saekit.trainers.topk import TopKConfig, TopKTrainer
 from saekit.trainers.variational import VariationalConfig, VariationalTrainer
@@ -34,11 +35,13 @@ def few_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(triton_step, "row_config", lambda _: triton_step.RowConfig(1, 2, 2))
 
 
-def made(fused: bool, **options: Any) -> tuple[TopKTrainer, torch.optim.Optimizer, Step]:
+def made(
+    kind: Any, fused: bool, **options: Any
+) -> tuple[TopKTrainer | BatchTopKTrainer, torch.optim.Optimizer, Step]:
     values: dict[str, Any] = {"d_sae": 14, "k": 2, "batch_size": BATCH, "dead_after": 12}
-    cfg = TopKConfig(**values | {"precision": "float32", **options})
+    cfg = kind.Config(**values | {"precision": "float32", **options})
     torch.manual_seed(3)
-    trainer = TopKTrainer(cfg, D_IN)
+    trainer = kind(cfg, D_IN)
     trainer.to_device(DEVICE)
     trainer.initialise(torch.randn(100, D_IN, device=DEVICE))
     with torch.no_grad():
@@ -61,15 +64,16 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("kind", [TopKTrainer, BatchTopKTrainer])
 @pytest.mark.parametrize("case", CASES)
 def test_fused_steps_are_those_of_autograd_dead_latents_with_them(
-    case: str, monkeypatch: pytest.MonkeyPatch
+    case: str, kind: type[TopKTrainer | BatchTopKTrainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = []
     batches = [torch.randn(BATCH, D_IN, device=DEVICE) for _ in range(5)]
     for fused in (False, True):
         monkeypatch.setenv("SAEKIT_KERNELS", "triton" if fused else "eager")
-        trainer, optimiser, step = made(fused, **CASES[case])
+        trainer, optimiser, step = made(kind, fused, **CASES[case])
         losses = []
         for number, x in enumerate(batches):
             losses.append(step(Batch(x), 1e-2 / (1 + number)))
@@ -148,11 +152,16 @@ def test_kinds_made_from_topk_keep_their_own_losses(monkeypatch: pytest.MonkeyPa
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("revive", ["none", "auxk", "resample"])
+@pytest.mark.parametrize("config", [TopKConfig, BatchTopKConfig])
 def test_a_run_that_is_stopped_ends_in_the_same_bits(
-    planted: ActivationCache, revive: Any, precision: Any, monkeypatch: pytest.MonkeyPatch
+    planted: ActivationCache,
+    config: type[TopKConfig | BatchTopKConfig],
+    revive: Any,
+    precision: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("SAEKIT_KERNELS", "triton")
-    cfg = TopKConfig(
+    cfg = config(
         d_sae=512, k=4, batch_size=256, revive=revive, resample_every=5, precision=precision
     )
     assert check_resume(cfg, planted, device="cuda") == []
@@ -160,10 +169,14 @@ def test_a_run_that_is_stopped_ends_in_the_same_bits(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("revive", ["none", "auxk", "resample"])
+@pytest.mark.parametrize("config", [TopKConfig, BatchTopKConfig])
 def test_in_bfloat16_a_run_learns_as_well_as_the_eager_path(
-    planted: ActivationCache, revive: Any, monkeypatch: pytest.MonkeyPatch
+    planted: ActivationCache,
+    config: type[TopKConfig | BatchTopKConfig],
+    revive: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    cfg = TopKConfig(
+    cfg = config(
         d_sae=256,
         k=3,
         n_tokens=100_000,
