@@ -14,6 +14,9 @@ from saekit.trainers._threshold import RunningMean
 
 log = logging.getLogger(__name__)
 
+WORTH_TUNING = 5_000
+"""Steps from which on a run looks for the best configuration of a shape that is new to the GPU."""
+
 
 class FusedStep(Step):
     """See `kernels.triton_step`. The optimiser's moments are its own, so what is
@@ -28,6 +31,7 @@ class FusedStep(Step):
         threshold: RunningMean | None,
     ) -> None:
         from saekit.kernels.triton_step import FusedBatchTopKStep, FusedTopKStep
+        from saekit.kernels.triton_tune import tune, tuned
 
         cfg = trainer.cfg
         precision = precision_on(device, cfg)
@@ -42,6 +46,12 @@ class FusedStep(Step):
         if cfg.revive == "auxk" and cfg.auxk_coef > 0:
             k_aux = cfg.k_aux or trainer.d_in // 2 or 1
             auxk = AuxKConfig(cfg.dead_after, k_aux, cfg.auxk_coef, trainer.variance)
+        # Resampling reads and writes the parameters between steps.
+        split = precision == "bfloat16" and cfg.revive != "resample"
+        shape = trainer.W_dec.device, trainer.d_in, cfg.d_sae, k
+        config = tuned(*shape)
+        if config is None and cfg.n_steps >= WORTH_TUNING and shape[0].type == "cuda":
+            config = tune(*shape, cfg.batch_size, split)
         form = FusedTopKStep if threshold is None else FusedBatchTopKStep
         self._step = form(
             *(_as_held(name, p.data) for name, p in parameters.items()),
@@ -60,9 +70,9 @@ class FusedStep(Step):
             fired=trainer.dead.fired,
             auxk=auxk,
             deterministic=True,
-            # Resampling reads and writes the parameters between steps.
-            split_master=precision == "bfloat16" and cfg.revive != "resample",
+            split_master=split,
             graph=True,
+            config=config,
         )
         for name, p in parameters.items():
             held = self._step.state[name]

@@ -16,6 +16,7 @@ from typing import Literal, get_args
 import torch
 
 from saekit.errors import ConfigError, SaekitError, first_line, nearest
+from saekit.kernels import memory
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +106,27 @@ def triton_obstacle(device: torch.device, dtype: torch.dtype, width: int) -> str
         triton_backend()
     except ImportError as error:
         return f"Triton cannot be imported ({first_line(error)}); pip install triton"
+    if device.type == "cuda" and (off := self_test(device)):
+        listed = "; ".join(f"{name}: {what}" for name, what in off.items())
+        return (
+            f"on {torch.cuda.get_device_name(device)} Triton kernels are off ({listed}), as their "
+            f"self-test found (it is kept in {memory.path()}; delete it to try again)"
+        )
     return ""
+
+
+@cache
+def self_test(device: torch.device) -> dict[str, str]:
+    """The Triton kernels that are off on a GPU; tried out once, and then remembered."""
+    known: dict[str, str] | None = memory.recall(device, "self-test")
+    if known is None:
+        log.info("trying the Triton kernels out on %s, once", torch.cuda.get_device_name(device))
+        found: dict[str, str] = importlib.import_module("saekit.kernels.triton_self_test").failures(
+            device
+        )
+        memory.remember(device, "self-test", found)
+        return found
+    return known
 
 
 def triton_backend() -> ModuleType:

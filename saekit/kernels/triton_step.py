@@ -18,7 +18,7 @@ Axes: batch, d_in, d_sae, k, chunk, program (of a kernel's launch), part (some r
 # pyright: reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, no_type_check
 
@@ -262,6 +262,31 @@ class FusedTopKStep:
                     )
             state[name] = slot
         return state
+
+    def parts(self, x: Float[Tensor, "batch d_in"]) -> dict[str, Callable[[], object]]:
+        """The kernels that a part of the config is for, to be timed after a step on `x`."""
+        return {
+            "select": self._encode_again,
+            "decode": lambda: self._decode(x),
+            "row": self._update_latents,
+        }
+
+    def _encode_again(self) -> None:
+        self._index.clear()
+        topk_select(
+            self._pre,
+            self.k,
+            out=(self._values[: len(self._pre)], self._indices[: len(self._pre)]),
+            count=self._index.count,
+            rank=self._rank[: len(self._pre)],
+            config=self.config.select,
+        )
+
+    def code(self) -> tuple[Int[Tensor, "..."], Int[Tensor, " offsets"] | None]:
+        """Which latents the last batch kept: indices and offsets, see `reference`."""
+        if self._offsets is None:
+            return self._indices.long(), None
+        return self._indices[: int(self._offsets[-1])].long(), self._offsets.clone()
 
     def smallest(self) -> tuple[Float[Tensor, ""], Bool[Tensor, ""]]:
         """The smallest entry above 0 that the last batch kept, and whether it kept any."""

@@ -26,6 +26,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
     monkeypatch.setattr(_choose, "triton_backend", lambda: sys)
+    monkeypatch.setattr(_choose, "self_test", lambda _: {})
 
 
 def test_on_a_cpu_pytorch_operators_are_taken_and_the_log_says_why(
@@ -91,6 +92,18 @@ def test_a_triton_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(_choose, "triton_backend", absent)
     assert "pip install triton" in choose(CUDA).why
+
+
+@pytest.mark.usefixtures("gpu")
+def test_kernels_that_are_off_are_named_and_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(_choose, "self_test", lambda _: {"topk": "it differs by 0.1"})
+    assert choose(CUDA).backend == "eager"
+    assert "on NVIDIA H200 Triton kernels are off (topk: it differs by 0.1)" in caplog.text
+    monkeypatch.setenv("SAEKIT_KERNELS", "triton")
+    with pytest.raises(KernelUnavailable, match="topk: it differs by 0.1.*delete it to try again"):
+        choose(CUDA)
 
 
 @pytest.mark.parametrize("backend", ["reference", "eager"])

@@ -1,0 +1,124 @@
+"""Each Triton kernel beside its definition, on small random inputs: what a GPU, a driver or a
+version of Triton that nobody has tried yet must pass before anything is trained with it."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from saekit.kernels import reference, triton_backend
+from saekit.kernels.reference import rows_of
+from saekit.kernels.triton_step import FusedBatchTopKStep, FusedTopKStep
+
+_LIMIT = 1e-4
+"""Largest ||ours - theirs|| / ||theirs||: float32 sums against float64."""
+
+BATCH, D_IN, D_SAE, K = 300, 100, 5_000, 7
+
+
+def failures(device: torch.device) -> dict[str, str]:
+    """The ops that are off on this device, and by how much, or what they raise."""
+    found = {}
+    generator = torch.Generator().manual_seed(0)
+    for name, check in CHECKS.items():
+        try:
+            off = check(partial(_normal, generator, device))
+        except Exception as error:
+            # Whatever a compiler or a driver raises: it is the finding.
+            found[name] = f"{type(error).__name__}: {error}"
+            continue
+        if not off <= _LIMIT:
+            found[name] = f"it differs from its definition by {off:.1e} (at most {_LIMIT:.0e})"
+    return found
+
+
+def _normal(generator: torch.Generator, device: torch.device, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator).to(device)
+
+
+Normal = Callable[..., Tensor]
+
+
+def _distance(ours: Tensor, theirs: Tensor) -> float:
+    ours, theirs = ours.detach().double(), theirs.detach().double()
+    return float((ours - theirs).norm() / theirs.norm().clamp_min(1e-30))
+
+
+def _topk(normal: Normal) -> float:
+    pre = normal(BATCH, D_SAE).bfloat16()
+    values = pre.gather(1, triton_backend.topk(pre, K)).relu()
+    wanted = pre.relu().float().topk(K).values
+    return _distance(values.float().sort(1, descending=True).values, wanted.double())
+
+
+def _batch_topk(normal: Normal) -> float:
+    pre = normal(BATCH, D_SAE)
+    indices, offsets = triton_backend.batch_topk(pre, K * BATCH)
+    theirs, rows = reference.batch_topk(pre, K * BATCH)
+    same = indices.equal(theirs) and offsets.equal(rows)
+    return 0.0 if same else float("inf")
+
+
+def _code(normal: Normal) -> tuple[Tensor, Tensor]:
+    indices = normal(BATCH, D_SAE).topk(K).indices
+    indices[:, 0] = 3  # on every row, and on some twice
+    return normal(BATCH, K), indices
+
+
+def _weighted_rows(normal: Normal) -> float:
+    (values, indices), table = _code(normal), normal(D_SAE, D_IN)
+    ours = triton_backend.weighted_rows(values, indices, None, table)
+    return _distance(ours, reference.sparse_decode(values.double(), indices, table.double()))
+
+
+def _decode_gradients(normal: Normal) -> float:
+    values, indices = _code(normal)
+    table, grad = normal(D_SAE, D_IN), normal(BATCH, D_IN)
+    ours = triton_backend.decode_gradients(values, indices, None, table, grad)
+    held = [values.double().requires_grad_(), table.double().requires_grad_()]
+    x_hat = reference.sparse_decode(held[0], indices, held[1])
+    theirs = torch.autograd.grad(x_hat, held, grad.double())
+    assert ours[0] is not None and ours[1] is not None
+    return max(
+        _distance(one, other) for one, other in zip(ours, theirs, strict=True) if one is not None
+    )
+
+
+def _step(form: type[FusedTopKStep], normal: Normal) -> float:
+    """The gradients, which are what Adam's first moment holds of after a step, times 1 / 0.1."""
+    W_dec = normal(D_SAE, D_IN)
+    W_dec /= W_dec.norm(dim=1, keepdim=True)
+    b_enc, b_dec, x = 0.1 * normal(D_SAE), 0.1 * normal(D_IN), normal(BATCH, D_IN)
+    b_enc[:2] += 3  # on most rows
+    start = (W_dec.clone(), W_dec, b_enc, b_dec)
+    held = [tensor.double().requires_grad_() for tensor in start]
+    step = form(*start, k=K, batch_size=BATCH, precision="float32", deterministic=True)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        loss = step(x)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    # With the code that it chose: whether that is right is asked of `topk` and `batch_topk`.
+    indices, offsets = step.code()
+    centred = x.double() - held[3]
+    pre = centred @ held[0].T + held[2]
+    kept = pre.gather(1, indices) if offsets is None else pre[rows_of(offsets), indices]
+    error = centred - reference.sparse_decode(kept.relu(), indices, held[1], offsets)
+    wanted = error.square().sum(1).mean()
+    grads = list(torch.autograd.grad(wanted, held))
+    grads[1] = grads[1] - (grads[1] * held[1]).sum(1, keepdim=True) * held[1].detach()
+    ours = [10 * step.state[name]["exp_avg"] for name in ("W_enc_T", "W_dec", "b_enc", "b_dec")]
+    off = [_distance(one, other) for one, other in zip(ours, grads, strict=True)]
+    return max(*off, _distance(loss, wanted))
+
+
+CHECKS: dict[str, Callable[[Normal], float]] = {
+    "topk": _topk,
+    "batch_topk": _batch_topk,
+    "weighted_rows": _weighted_rows,
+    "decode_gradients": _decode_gradients,
+    "fused TopK step": partial(_step, FusedTopKStep),
+    "fused BatchTopK step": partial(_step, FusedBatchTopKStep),
+}

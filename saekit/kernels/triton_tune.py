@@ -1,0 +1,98 @@
+"""How the fused step is best gone about on this machine's GPU, by trying.
+
+What is tried is what the kernels' modules name as candidates; each kernel is timed by itself, since
+none depends on another's choice. The finding is kept (see `memory`), for one shape and GPU.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from statistics import median
+from typing import Any
+
+import torch
+
+from saekit.kernels import memory
+from saekit.kernels.triton_decode import DecodeConfig, RowConfig
+from saekit.kernels.triton_select import SelectConfig
+from saekit.kernels.triton_step import FusedTopKStep, StepConfig, step_candidates, step_config
+
+log = logging.getLogger(__name__)
+
+_WARM_UPS, _ROUNDS = 3, 9
+
+
+def tuned(device: torch.device, d_in: int, d_sae: int, k: int) -> StepConfig | None:
+    """What was found out for a shape; None where nothing was."""
+    found = memory.recall(device, _name(d_in, d_sae, k)) if device.type == "cuda" else None
+    if found is None:
+        return None
+    return StepConfig(
+        SelectConfig(**found["select"]),
+        DecodeConfig(**found["decode"]),
+        RowConfig(**found["row"]),
+        found["heavy"],
+    )
+
+
+def tune(
+    device: torch.device, d_in: int, d_sae: int, k: int, batch_size: int, split_master: bool
+) -> StepConfig:
+    """Try the candidates on random data, keep the best and return it. Takes half a minute or so,
+    most of it for compiling, and as much memory as the step."""
+    log.info("looking for the best way to take steps of this shape on this GPU, once")
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device, generator=generator)
+
+    W_dec = normal(d_sae, d_in)
+    W_dec /= W_dec.norm(dim=1, keepdim=True)
+    start = (W_dec.clone(), W_dec, 0.02 * normal(d_sae), 0.1 * normal(d_in))
+    x = normal(batch_size, d_in)
+    best = step_config(d_in, d_sae, k)
+    state: Any = None
+    least: dict[str, float] = {}
+    for candidate in [best, *step_candidates(d_in, d_sae, k)]:
+        try:
+            step = FusedTopKStep(
+                *start,
+                k=k,
+                batch_size=batch_size,
+                deterministic=True,
+                split_master=split_master,
+                state=state,
+                config=candidate,
+            )
+            state = step.state
+            step(x)
+            took = {part: _milliseconds(call) for part, call in step.parts(x).items()}
+        except RuntimeError as error:
+            # More registers or shared memory than this GPU has.
+            log.info("%s cannot run here: %s", candidate, error)
+            continue
+        for part, milliseconds in took.items():
+            if milliseconds < least.get(part, float("inf")):
+                least[part] = milliseconds
+                best = replace(best, **{part: getattr(candidate, part)})
+    memory.remember(device, _name(d_in, d_sae, k), asdict(best))
+    log.info("found: %s", best)
+    return best
+
+
+def _name(d_in: int, d_sae: int, k: int) -> str:
+    return f"step of {d_in} x {d_sae}, k {k}"
+
+
+def _milliseconds(call: Callable[[], object]) -> float:
+    for _ in range(_WARM_UPS):
+        call()
+    events = []
+    for _ in range(_ROUNDS):
+        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begun.record()
+        call()
+        ended.record()
+        events.append((begun, ended))
+    torch.cuda.synchronize()
+    return float(median(begun.elapsed_time(ended) for begun, ended in events))
