@@ -1,62 +1,62 @@
-"""What a training step of a TopK SAE takes: fused in Triton, and on the eager path.
+"""What a training step of a TopK SAE takes: fused in Triton, by saekit's ops, in plain PyTorch.
 
     python benchmarks/bench_step.py                    # checks, then times; needs a GPU
     python benchmarks/bench_step.py --check-only
+    python benchmarks/bench_step.py --peers            # other libraries that are installed, too
     python benchmarks/bench_step.py --shapes S --tune  # other configurations, alone
+    python benchmarks/bench_step.py --grow             # against latents, k and rows, with floors
+    python benchmarks/bench_step.py --largest          # how many latents fit
+    python benchmarks/table.py                         # the page from what was written
 
-Each shape is checked first, with fewer latents: loss, gradients (what Adam holds after a first
-step) and the selection against float64, given the same codes. A timed step is the bare one:
-forward, backward, projection, Adam, unit rows, the batch's copy into the step's own memory; no
-AuxK, no data. Times are of the GPU's own clock, medians; four batches in rotation.
+`saekit bench` measures the same on any machine (`saekit.kernels.bench`, which says what is checked
+and how it is timed); here are the fused step's options, its parts, and the limits.
 """
 
 import argparse
-import gc
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from _record import RESULTS, append, ratio, show, summary
-from torch import Tensor, nn
+from _record import RESULTS, append, show
 
-from saekit import kernels
-from saekit.kernels.triton_decode import row_candidates
-from saekit.kernels.triton_select import select_candidates, topk_select
-from saekit.kernels.triton_step import FusedTopKStep
+from saekit.errors import SaekitError, first_line
+from saekit.kernels import bench, bench_peers
+from saekit.kernels.bench import (
+    AS_TRAINED,
+    BATCH_TOPK,
+    PLAIN,
+    SHAPES,
+    TOPK,
+    FusedStep,
+    Line,
+    Setting,
+    Shape,
+)
 
-GIB = 1 << 30
-NAMES = ("W_enc_T", "W_dec", "b_enc", "b_dec")
-LR = 1e-4
-
-LOSS = 1e-3
-SELECTED = 0.0
-GRADIENT = {"W_enc_T": 2e-2, "W_dec": 1e-2, "b_enc": 1e-2, "b_dec": 1e-2}
-"""Largest ||ours - theirs|| / ||theirs||: operands are rounded to 8 bits. That of b_dec is the
-difference of two sums, and small where few latents fire often."""
+Device = torch.device
 
 OFTEN = 64
-OFTEN_BIAS = 2.8
-"""Added to the pre-activations of as many latents, of variance 1: they fire on almost half the
-rows."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    d_in: int
-    d_sae: int
-    k: int
-
-
-SHAPES = {
-    "S": Shape(768, 24_576, 32),
-    "M": Shape(2_048, 65_536, 64),
-    "L": Shape(4_096, 131_072, 64),
+GROWN = Shape(2_048, 65_536, 64)
+SERIES: dict[str, tuple[int, ...]] = {
+    "d_sae": tuple(16_384 << i for i in range(7)),
+    "k": tuple(16 << i for i in range(6)),
+    "batch": tuple(1_024 << i for i in range(7)),
 }
+GROWN_OPTIONS = {"deterministic": True, "graph": True}
+ADAM_BYTES = 24
+"""Of a parameter that Adam moves: weight and two moments, of 4 bytes, read and written."""
+MULTIPLE = 16_384
+MOST = 256
+"""Multiples to look among at first."""
+TRIED = 3
+"""Steps that a size must take: the second of a graph is captured, the third replayed."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
+    "as trained": AS_TRAINED,
+    "batch_topk": AS_TRAINED,
     "plain launches": {},
     "graph": {"graph": True},
     "split weights": {"graph": True, "split_master": True},
@@ -68,218 +68,106 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+def op_of(variant: str) -> str:
+    return BATCH_TOPK if variant == "batch_topk" else TOPK
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument(
+        "--shape", nargs=3, type=int, metavar=("D_IN", "D_SAE", "K"), help="in place of --shapes"
+    )
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--batch-size", type=int, default=8_192)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--warm-ups", type=int, default=5)
-    parser.add_argument("--check-only", action="store_true")
-    parser.add_argument(
-        "--tune", action="store_true", help="only time candidates of configurations"
-    )
+    parser.add_argument("--device", default="cuda", help="cpu with TRITON_INTERPRET=1: a try-out")
+    parser.add_argument("--peers", action="store_true")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--check-only", action="store_true")
+    only.add_argument("--tune", action="store_true", help="only candidates of configurations")
+    only.add_argument("--grow", action="store_true", help="only against latents, k and rows")
+    only.add_argument("--largest", action="store_true", help="only how many latents fit")
+    parser.add_argument("--series", nargs="+", default=list(SERIES), choices=list(SERIES))
+    parser.add_argument("--impls", nargs="+", help="of --largest: those whose names begin so")
     parser.add_argument("--results", type=Path, default=RESULTS)
     return parser.parse_args()
 
 
-def weights(shape: Shape, often: int = 0) -> dict[str, Tensor]:
-    W_dec = torch.randn(shape.d_sae, shape.d_in, device="cuda")
-    W_dec /= W_dec.norm(dim=1, keepdim=True)
-    b_enc = 0.02 * torch.randn(shape.d_sae, device="cuda")
-    b_enc[:often] += OFTEN_BIAS
-    b_dec = 0.1 * torch.randn(shape.d_in, device="cuda")
-    return dict(zip(NAMES, (W_dec.clone(), W_dec, b_enc, b_dec), strict=True))
-
-
-def fused(
-    shape: Shape,
-    batch_size: int,
-    *,
-    often: int = 0,
-    **options: Any,
-) -> FusedTopKStep:
-    return FusedTopKStep(
-        *weights(shape, often).values(),
-        k=shape.k,
-        batch_size=batch_size,
-        since=torch.zeros(shape.d_sae, dtype=torch.int64, device="cuda"),
-        fired=torch.zeros(shape.d_sae, dtype=torch.int64, device="cuda"),
-        **options,
-    )
-
-
-def distance(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours.double() - theirs).norm() / theirs.norm())
-
-
-def check(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Against float64 with the codes that the step chose; at lr 0, so that Adam's first moment is a
-    tenth of the gradient."""
-    shape, batch_size = replace(SHAPES[name], d_sae=8_192), 2_048
-    step = fused(shape, batch_size, **options)
-    parameters = [nn.Parameter(t.double()) for t in step.parameters.values()]
-    W_enc_T, W_dec, b_enc, b_dec = parameters
-    x = torch.randn(batch_size, shape.d_in, device="cuda")
-    loss = float(step(x))
-    pre, indices = step._pre, step._indices.long()
-    theirs = pre.relu().float().topk(shape.k).values
-    selected = float((step._values.float().sort(descending=True).values - theirs).abs().max())
-    assert (indices.diff() > 0).all()
-    centred = x.double() - b_dec
-    values = (centred @ W_enc_T.T + b_enc).gather(1, indices).relu()
-    z = torch.zeros(batch_size, shape.d_sae, dtype=torch.double, device="cuda")
-    error = z.scatter(1, indices, values) @ W_dec - centred
-    wanted = error.square().sum(1).mean()
-    grads = dict(zip(NAMES, torch.autograd.grad(wanted, parameters), strict=True))
-    grads["W_dec"] = grads["W_dec"] - (grads["W_dec"] * W_dec).sum(1, keepdim=True) * W_dec
-    found = {n: distance(step.state[n]["exp_avg"] * 10, grads[n].detach()) for n in NAMES}
-    of_loss = abs(loss / wanted.item() - 1)
-    bad = [n for n in NAMES if not found[n] <= GRADIENT[n]]
-    if bad or not of_loss <= LOSS or not selected <= SELECTED:
-        raise SystemExit(f"{name} {options}: loss {of_loss:.1e}, values {selected}, {found}")
-    return {
-        "op": "step",
-        "check": name,
-        "options": options,
-        "loss": float(f"{of_loss:.1e}"),
-        "gradients": {n: float(f"{d:.1e}") for n, d in found.items()},
-    }
-
-
-def milliseconds(call: Callable[[], object], rounds: int, warm_ups: int) -> list[float]:
-    for _ in range(warm_ups):
-        call()
-    events = []
-    for _ in range(rounds):
-        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begun.record()
-        call()
-        ended.record()
-        events.append((begun, ended))
-    torch.cuda.synchronize()
-    return [begun.elapsed_time(ended) for begun, ended in events]
-
-
-def batches(shape: Shape, batch_size: int) -> Callable[[], Tensor]:
-    held = [torch.randn(batch_size, shape.d_in, device="cuda") for _ in range(4)]
-    number = [0]
-
-    def following() -> Tensor:
-        number[0] += 1
-        return held[number[0] % len(held)]
-
-    return following
-
-
-def forget() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-
-
-def case(name: str, args: argparse.Namespace, took: list[float], **more: Any) -> dict[str, Any]:
-    shape = SHAPES[name]
-    return {
-        "op": "step",
-        "shape": name,
-        "d_in": shape.d_in,
-        "d_sae": shape.d_sae,
-        "k": shape.k,
+def setting_of(args: argparse.Namespace, shape: Shape, name: str = "", **more: Any) -> Setting:
+    given = {
         "batch_size": args.batch_size,
-        "dtype": "bfloat16, float32 master",
-        "ms": summary(took),
-        **more,
+        "device": Device(args.device),
+        "rounds": args.rounds,
+        "warm_ups": args.warm_ups,
     }
+    return Setting(shape=shape, name=name, **(given | more))
 
 
-def every(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    eager, line = eager_step(name, args)
-    yield line
-    yield from whole(name, args, eager)
-    yield from parts(name, args)
+def options_of(setting: Setting, variant: str) -> dict[str, Any]:
+    """Nothing is split where nothing is rounded."""
+    options = dict(VARIANTS[variant])
+    if setting.precision == "float32":
+        options.pop("split_master", None)
+    return options
 
 
-def whole(name: str, args: argparse.Namespace, eager: list[float]) -> Iterator[dict[str, Any]]:
-    shape = SHAPES[name]
-    following = batches(shape, args.batch_size)
+def check(setting: Setting, variants: list[str]) -> Iterator[Line]:
+    bench.check_ops(setting)
+    for op in (TOPK, BATCH_TOPK):
+        for impl in bench.impls(setting):
+            if impl != "fused":
+                yield bench.check_step(setting, op, impl, {})
+    for variant in variants:
+        line = bench.check_step(setting, op_of(variant), "fused", options_of(setting, variant))
+        yield line | {"variant": variant}
+
+
+def every(setting: Setting, args: argparse.Namespace) -> Iterator[Line]:
+    yield from bench.ops(setting)
+    for op in dict.fromkeys(op_of(variant) for variant in args.variants):
+        for impl in bench.impls(setting):
+            if impl != "fused":
+                yield setting.measure(op, impl, partial(bench.timed_step, setting, op, impl))
     for variant in args.variants:
-        forget()
-        before = torch.cuda.memory_allocated()
-        step = fused(shape, args.batch_size, **VARIANTS[variant])
-        step.lr.fill_(LR)
-        mine = torch.empty(args.batch_size, shape.d_in, device="cuda")
-
-        def one(step: FusedTopKStep = step, mine: Tensor = mine) -> None:
-            # A graph copies the batch into its own memory.
-            step(following() if step._wants_graph else mine.copy_(following()))
-
-        took = milliseconds(one, args.rounds, args.warm_ups)
-        if not step.loss.isfinite():
-            raise SystemExit(f"{name}, {variant}: the loss is {float(step.loss)}")
-        yield case(
-            name,
-            args,
-            took,
-            impl="fused",
-            variant=variant,
-            options=VARIANTS[variant],
-            tokens_per_s=round(args.batch_size / summary(took)["median"] * 1e3),
-            peak_gib=round((torch.cuda.max_memory_allocated() - before) / GIB, 2),
-            most_hits=int(step._index.count.max()),
-            loss=float(step.loss),
-            against="eager",
-            **ratio(took, eager),
-        )
-        del step, one
+        op, options = op_of(variant), options_of(setting, variant)
+        make = partial(bench.timed_step, setting, op, "fused", **options)
+        yield setting.measure(op, "fused", make, variant, options=options)
+    if args.peers:
+        yield from bench.peer_steps(setting)
+    yield from parts(setting)
 
 
-def eager_step(name: str, args: argparse.Namespace) -> tuple[list[float], dict[str, Any]]:
-    """The same step by saekit's stock PyTorch operators and torch's fused Adam."""
-    forget()
-    shape, following = SHAPES[name], batches(SHAPES[name], args.batch_size)
-    before = torch.cuda.memory_allocated()
-    parameters = [nn.Parameter(t) for t in weights(shape).values()]
-    W_enc_T, W_dec, b_enc, b_dec = parameters
-    optimiser = torch.optim.Adam(parameters, lr=LR, fused=True)
-
-    def one() -> None:
-        x = following()
-        centred = x - b_dec
-        with torch.autocast("cuda", torch.bfloat16):
-            values, indices = kernels.topk_encode(centred, W_enc_T.T, b_enc, shape.k)
-            error = centred - kernels.sparse_decode(values, indices, W_dec)
-            loss = error.square().sum(1).mean()
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        with torch.no_grad():
-            assert W_dec.grad is not None
-            along = (W_dec.grad * W_dec).sum(1, keepdim=True)
-            W_dec.grad.addcmul_(along, W_dec, value=-1)
-            optimiser.step()
-            W_dec.div_(W_dec.norm(dim=1, keepdim=True))
-
-    took = milliseconds(one, args.rounds, args.warm_ups)
-    peak = (torch.cuda.max_memory_allocated() - before) / GIB
-    return took, case(name, args, took, impl="eager", variant="", peak_gib=round(peak, 2))
+def fused(setting: Setting, **options: Any) -> FusedStep:
+    step = bench.make_step(setting, TOPK, "fused", **options)
+    assert isinstance(step, FusedStep)
+    step.set_lr(bench.LR)
+    return step
 
 
-def parts(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    forget()
-    shape = SHAPES[name]
-    step = fused(shape, args.batch_size)
-    ordered = fused(replace(shape, d_in=128), args.batch_size, deterministic=True)._index
-    x = torch.randn(args.batch_size, shape.d_in, device="cuda")
-    step.lr.fill_(LR)
-    step(x)
+def parts(setting: Setting) -> Iterator[Line]:
+    """The fused step's kernels, one by one."""
+    from saekit.kernels.triton_select import topk_select
+
+    bench.forget(setting.device)
+    x = setting.following()
+    narrow = replace(setting, shape=replace(setting.shape, d_in=min(128, setting.shape.d_in)))
+    try:
+        step = fused(setting).fused
+        ordered = fused(narrow, deterministic=True).fused._index
+        step(x)
+    except torch.OutOfMemoryError as error:
+        yield setting.line("parts", "fused", ms=None, error=first_line(error))
+        return
     W_enc, b_enc, index = step._copies["W_enc_T"].t(), step._copies["b_enc"], step._index
     out = step._values, step._indices
 
     def select() -> None:
         index.clear()
-        topk_select(step._pre, shape.k, out=out, count=index.count, rank=step._rank)
+        topk_select(step._pre, step.k, out=out, count=index.count, rank=step._rank)
 
     def build() -> None:
         index.totals.zero_()
@@ -289,7 +177,7 @@ def parts(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         ordered._counters.copy_(index._counters)
         ordered.totals.zero_()
         ordered.rank.copy_(index.rank)
-        ordered.build(step._values, step._indices, k=shape.k)
+        ordered.build(step._values, step._indices, k=step.k)
 
     timed: dict[str, Callable[[], object]] = {
         "prepare": lambda: step._prepare(x),
@@ -303,82 +191,204 @@ def parts(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "b_dec": step._update_b_dec,
     }
     for part, call in timed.items():
-        took = milliseconds(call, args.rounds, args.warm_ups)
-        yield case(name, args, took, impl="fused", part=part)
+        took = bench.milliseconds(call, setting.device, setting.rounds, setting.warm_ups)
+        yield setting.line("part", "fused", part, **bench.summary(took))
         if part == "prepare":
             # What it cleared is needed again.
             step._encode()
 
 
-def tune(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def tune(setting: Setting) -> Iterator[Line]:
     """Other ways to select, and to hold a latent's rows, whole and split."""
-    forget()
-    shape = SHAPES[name]
-    x = torch.randn(args.batch_size, shape.d_in, device="cuda")
-    first = fused(shape, args.batch_size)
+    from saekit.kernels.triton_decode import row_candidates
+    from saekit.kernels.triton_select import select_candidates, topk_select
+
+    bench.forget(setting.device)
+    shape, x = setting.shape, setting.following()
+
+    def timed(call: Callable[[], object], part: str, config: dict[str, Any]) -> Line:
+        took = bench.milliseconds(call, setting.device, setting.rounds, setting.warm_ups)
+        variant = ", ".join([part, *(f"{key}={value}" for key, value in config.items())])
+        return setting.line("tune", "fused", variant, config=config, **bench.summary(took))
+
+    first = fused(setting).fused
     first(x)
     for config in select_candidates(shape.d_sae, shape.k):
         call = partial(topk_select, first._pre, shape.k, config=config)
-        took = milliseconds(call, args.rounds, args.warm_ups)
-        yield case(name, args, took, impl="fused", part="select", config=vars(config))
-    for split in (False, True):
+        yield timed(call, "select", vars(config))
+    base = first.config
+    del first
+    for split in (False, True)[: 2 if setting.precision == "bfloat16" else 1]:
         for row in row_candidates(shape.d_in):
-            step = FusedTopKStep(
-                *first.parameters.values(),
-                k=shape.k,
-                batch_size=args.batch_size,
-                state=first.state,
-                config=replace(first.config, row=row),
-                split_master=split,
-            )
-            step.lr.fill_(LR)
+            bench.forget(setting.device)
+            step = fused(setting, config=replace(base, row=row), split_master=split).fused
             try:
                 step(x)
-                took = milliseconds(step._update_latents, args.rounds, args.warm_ups)
+                yield timed(step._update_latents, "latents", vars(row) | {"split": split})
             except RuntimeError as error:
                 # More registers or shared memory than there are.
-                print(f"{name} {row}: {error}")
-                continue
-            yield case(
-                name, args, took, impl="fused", part="latents", config=vars(row) | {"split": split}
-            )
+                print(f"{setting.name} {row}: {error}")
             del step
 
 
-def show_cases(lines: list[dict[str, Any]]) -> None:
-    rows = []
-    for line in lines:
-        what = line.get("variant") or line.get("part") or line["impl"]
-        if "config" in line:
-            what += "".join(f", {key}={value}" for key, value in line["config"].items())
-        rows.append(
-            (
-                line["shape"],
-                what,
-                f"{line['ms']['median']:.3f}",
-                f"{line['ms']['min']:.3f}..{line['ms']['max']:.3f}",
-                f"{line['peak_gib']:.2f}" if "peak_gib" in line else "",
-                f"{line['tokens_per_s']:,}" if "tokens_per_s" in line else "",
-                f"{line['ratio']:.2f}" if "ratio" in line else "",
-            )
-        )
-    columns = ("shape", "what", "ms", "min..max", "peak GiB", "tokens/s", "times eager")
-    show("one training step of a TopK SAE", columns, rows)
+def grow(args: argparse.Namespace) -> Iterator[Line]:
+    """One line a size; a series ends where memory does."""
+    rate = copy_rate(Device(args.device))
+    for series in args.series:
+        for size in SERIES[series]:
+            batch_size = size if series == "batch" else args.batch_size
+            shape = GROWN if series == "batch" else replace(GROWN, **{series: size})
+            line = grown(setting_of(args, shape, batch_size=batch_size), series, rate)
+            yield line
+            if line["ms"] is None:
+                break
+
+
+def grown(setting: Setting, series: str, rate: float) -> Line:
+    """A fused step beside what it cannot be quicker than: its one large product, and Adam's reading
+    and writing; `rate` in bytes a second."""
+    shape = setting.shape
+    make = partial(bench.timed_step, setting, TOPK, "fused", **GROWN_OPTIONS)
+    line = setting.measure("grow", "fused", make, series, options=GROWN_OPTIONS)
+    n_parameters = 2 * shape.d_sae * shape.d_in + shape.d_sae + shape.d_in
+    line["adam_ms"] = round(ADAM_BYTES * n_parameters / rate * 1e3, 5)
+    if line["ms"] is None:
+        return line
+    line["tokens_per_s"] = round(setting.batch_size / line["ms"] * 1e3)
+
+    def product() -> tuple[Callable[[], object], dict[str, Any]]:
+        low = torch.bfloat16 if setting.precision == "bfloat16" else torch.float32
+        x = setting.following().to(low)
+        W = torch.randn(shape.d_sae, shape.d_in, device=setting.device, dtype=low)
+        out = torch.empty(setting.batch_size, shape.d_sae, device=setting.device, dtype=low)
+        return lambda: torch.mm(x, W.t(), out=out), {}
+
+    line["matmul_ms"] = setting.measure("matmul", PLAIN, product)["ms"]
+    return line
+
+
+def copy_rate(device: Device, n_bytes: int = 1 << 31) -> float:
+    """Bytes read and written a second by a large copy within a device's memory."""
+    here = torch.empty(n_bytes, dtype=torch.uint8, device=device)
+    there = torch.empty_like(here)
+    took = bench.milliseconds(lambda: there.copy_(here), device, 10, 3)
+    return float(2 * n_bytes / bench.summary(took)["ms"] * 1e3)
+
+
+def largest(args: argparse.Namespace) -> Iterator[Line]:
+    """For each way to take a step, the most latents that it has room for."""
+    at = partial(setting_of, args)
+    setting = at(GROWN)
+    makes: dict[str, Callable[[Setting], bench.Make]] = {}
+    for impl in bench.impls(setting):
+        options: dict[str, Any] = {"rows_at_once": 1_024} if impl == "fused" else {}
+        makes[impl] = partial(_own, impl, options)
+    for name, mode, _ in peers(setting) if args.peers else ():
+        makes[f"{name}, {mode}"] = partial(_peer, name, mode)
+    for impl, make in makes.items():
+        if args.impls and not impl.startswith(tuple(args.impls)):
+            continue
+        yield most_latents(setting, impl, make)
+
+
+def peers(setting: Setting) -> Iterator[bench_peers.Peer]:
+    s = setting.shape
+    return bench_peers.peers(s.d_in, s.d_sae, s.k, setting.batch_size, setting.following)
+
+
+def _own(impl: str, options: dict[str, Any], setting: Setting) -> bench.Make:
+    return partial(bench.timed_step, setting, TOPK, impl, **options)
+
+
+def _peer(name: str, mode: str, setting: Setting) -> bench.Make:
+    return next(make for n, m, make in peers(setting) if (n, m) == (name, mode))
+
+
+def most_latents(setting: Setting, impl: str, make: Callable[[Setting], bench.Make]) -> Line:
+    """By doubling, then by halving what lies between, in multiples of MULTIPLE."""
+    stopped_by = ""
+
+    def peak(multiples: int) -> float | None:
+        """GiB in use; None where it does not fit."""
+        nonlocal stopped_by
+        bench.forget(setting.device)
+        before = bench.allocated(setting.device)
+        tried = replace(setting, shape=replace(setting.shape, d_sae=multiples * MULTIPLE))
+        # Not a second set of batches for each size.
+        vars(tried)["following"] = setting.following
+        try:
+            call, _ = make(tried)()
+            for _ in range(TRIED):
+                call()
+            if setting.device.type != "cuda":
+                return 0.0
+            torch.cuda.synchronize(setting.device)
+            return (torch.cuda.max_memory_allocated(setting.device) - before) / bench.GIB
+        except Exception as error:
+            stopped_by = first_line(error)
+            if not isinstance(error, torch.OutOfMemoryError):
+                print(f"{impl}, {multiples * MULTIPLE} latents: {stopped_by}")
+            return None
+
+    # Batches of before would count as a size's own.
+    setting.following()
+    fits, gib, refused = 0, 0.0, 1
+    while refused <= MOST and (found := peak(refused)) is not None:
+        fits, gib, refused = refused, found, 2 * refused
+    while refused <= MOST and refused - fits > 1:
+        middle = (fits + refused) // 2
+        if (found := peak(middle)) is None:
+            refused = middle
+        else:
+            fits, gib = middle, found
+    name, _, mode = impl.partition(", ")
+    line = setting.line("largest", name, mode, ms=None, peak_gib=round(gib, 2))
+    return line | {"d_sae": fits * MULTIPLE, "stopped_by": stopped_by}
+
+
+def show_cases(lines: list[Line]) -> None:
+    if any(line["op"] == "largest" for line in lines):
+        rows = [
+            (f"{line['impl']} {line['variant']}", f"{line['d_sae']:,}", f"{line['peak_gib']:.1f}")
+            for line in lines
+        ]
+        show("the most latents that fit", ("step", "latents", "GiB"), rows)
+        return
+    show("one training step of a TopK SAE", bench.COLUMNS, bench.rows(lines))
+
+
+def measured(args: argparse.Namespace) -> Iterator[Line]:
+    if args.largest:
+        yield from largest(args)
+        return
+    if args.grow:
+        yield from grow(args)
+        return
+    shapes = {name: SHAPES[name] for name in args.shapes}
+    if args.shape is not None:
+        shapes = {"": Shape(*args.shape)}
+    for name, shape in shapes.items():
+        setting = setting_of(args, shape, name)
+        if args.tune:
+            yield from tune(setting)
+            continue
+        for line in check(setting, args.variants):
+            print(line["impl"], line["variant"], append("step", line, args.results)["check"])
+        if not args.check_only:
+            yield from every(setting, args)
 
 
 def main() -> None:
     args = arguments()
     torch.manual_seed(0)
-    for name in [] if args.tune else args.shapes:
-        for options in ({}, {"often": OFTEN, "deterministic": True, "split_master": True}):
-            print(append("step", check(name, options), args.results)["gradients"])
-    if args.check_only:
-        return
     lines = []
-    for name in args.shapes:
-        for one in tune(name, args) if args.tune else every(name, args):
-            lines.append(append("step", one, args.results))
-    show_cases(lines)
+    try:
+        for line in measured(args):
+            lines.append(append("step", line, args.results))
+    except SaekitError as error:
+        raise SystemExit(str(error)) from error
+    finally:
+        show_cases(lines)
 
 
 if __name__ == "__main__":

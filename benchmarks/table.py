@@ -1,13 +1,16 @@
-"""Makes the tables of docs/peers.md and docs/kinds.md from benchmarks/results/:
+"""Makes the tables of docs/peers.md, docs/kinds.md and saekit/kernels/README.md from
+benchmarks/results/:
 
     python benchmarks/table.py
 
-The newest line of each case is shown. Standard library only.
+The newest line of each case is shown. Standard library only; where plotly and kaleido are
+installed, main also draws docs/step_grow.svg.
 """
 
 import json
 import statistics
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +266,144 @@ def layers(results: dict[str, list[Line]]) -> str:
     return markdown(("jitter", "layer", *hooks, "its own is nearest"), rows)
 
 
+_STEPS = ("topk step", "batch_topk step")
+_CASE = ("hardware", "d_in", "d_sae", "k", "batch")
+
+
+def fused_step(results: dict[str, list[Line]]) -> str:
+    """Steps by every implementation, and what did not run."""
+    lines = [line for line in _step_lines(results) if line["op"] in _STEPS]
+    rows = [
+        (
+            _sizes(line),
+            line["op"].removesuffix(" step"),
+            _cell(", ".join(filter(None, (line["impl"], line["variant"])))),
+            *_figures_of(line),
+        )
+        for line in newest(lines, *_CASE, "op", "impl", "variant")
+    ]
+    columns = ("shape", "kind", "step", "ms (least to most)", "tokens/s", "peak GiB")
+    return _on(lines) + markdown((*columns, "times plain torch"), rows)
+
+
+def _step_lines(results: dict[str, list[Line]]) -> list[Line]:
+    # A check has no times.
+    return [line for line in results.get("step", []) if "ms" in line]
+
+
+def _on(lines: list[Line]) -> str:
+    """What the lines of a table were measured on."""
+    if not lines:
+        return ""
+    found = dict.fromkeys(
+        f"{line['hardware']}, torch {line['versions']['torch']}" for line in lines
+    )
+    return f"On {'; '.join(found)}.\n\n"
+
+
+def _sizes(line: Line) -> str:
+    sizes = f"{line['d_in']:,} x {line['d_sae']:,}, k {line['k']}, batch {line['batch']:,}"
+    return f"{line['shape']}: {sizes}" if line["shape"] else sizes
+
+
+def _figures_of(line: Line) -> tuple[str, str, str, str]:
+    if line["ms"] is None:
+        return f"no: {_cell(line['error'])}", "", "", ""
+    return (
+        f"{line['ms']:.2f} ({line['ms_min']:.2f} to {line['ms_max']:.2f})",
+        f"{line['tokens_per_s']:,}",
+        f"{line['peak_gib']:.1f}" if "peak_gib" in line else "",
+        f"{line['ratio']:.2f}" if "ratio" in line else "",
+    )
+
+
+def growth(results: dict[str, list[Line]]) -> str:
+    """A fused step against latents, k and rows, beside the two floors."""
+    lines = _grown(results)
+    rows = [
+        (
+            line["variant"],
+            f"{line['d_sae']:,}",
+            str(line["k"]),
+            f"{line['batch']:,}",
+            f"no: {_cell(line['error'])}" if line["ms"] is None else f"{line['ms']:.2f}",
+            f"{line['matmul_ms']:.2f}" if line.get("matmul_ms") else "",
+            f"{line['adam_ms']:.2f}",
+            f"{line['peak_gib']:.1f}" if "peak_gib" in line else "",
+        )
+        for line in lines
+    ]
+    columns = ("against", "latents", "k", "batch", "ms", "product alone, ms", "Adam alone, ms")
+    return _on(lines) + _picture() + markdown((*columns, "peak GiB"), rows)
+
+
+def _grown(results: dict[str, list[Line]]) -> list[Line]:
+    lines = [line for line in _step_lines(results) if line["op"] == "grow"]
+    shown = newest(lines, *_CASE, "variant")
+    return sorted(
+        shown, key=lambda line: (line["hardware"], line["variant"], line[line["variant"]])
+    )
+
+
+PLOT = DOCS / "step_grow.svg"
+
+
+def _picture() -> str:
+    if not PLOT.exists():
+        return ""
+    return "![A fused step against latents, k and rows](../../docs/step_grow.svg)\n\n"
+
+
+def draw(results: dict[str, list[Line]]) -> bool:
+    """Whether `growth` was drawn: not without lines, nor without plotly and what it writes with."""
+    lines = [line for line in _grown(results) if line["ms"] is not None]
+    if not lines or not all(find_spec(name) for name in ("plotly", "kaleido")):
+        return False
+    from plotly import graph_objects
+    from plotly.subplots import make_subplots
+
+    series = list(dict.fromkeys(line["variant"] for line in lines))
+    figure = make_subplots(1, len(series), shared_yaxes=True)
+    shown = {"ms": "fused step", "matmul_ms": "product alone", "adam_ms": "Adam alone"}
+    for number, name in enumerate(series, 1):
+        those = [line for line in lines if line["variant"] == name]
+        for key, label in shown.items():
+            trace = graph_objects.Scatter(
+                x=[line[name] for line in those],
+                y=[line.get(key) for line in those],
+                name=label,
+                legendgroup=label,
+                showlegend=number == 1,
+                line={
+                    "color": dict(zip(shown, ("#1f77b4", "#888888", "#d62728"), strict=True))[key]
+                },
+            )
+            figure.add_trace(trace, 1, number)
+        figure.update_xaxes(type="log", title=name, row=1, col=number)
+    figure.update_yaxes(type="log", title="ms", col=1)
+    figure.update_yaxes(type="log")
+    figure.write_image(PLOT, width=360 * len(series), height=360)
+    return True
+
+
+def most_latents(results: dict[str, list[Line]]) -> str:
+    """How many latents fit one card."""
+    lines = [line for line in _step_lines(results) if line["op"] == "largest"]
+    rows = [
+        (
+            _cell(", ".join(filter(None, (line["impl"], line["variant"])))),
+            f"{line['d_in']:,}, k {line['k']}, batch {line['batch']:,}",
+            f"{line['d_sae']:,}",
+            f"{line['peak_gib']:.1f}",
+            _cell(line["stopped_by"]),
+        )
+        for line in newest(lines, "hardware", "d_in", "k", "batch", "impl", "variant")
+    ]
+    columns = ("step", "width and rows", "latents", "peak GiB", "what stopped the next")
+    return _on(lines) + markdown(columns, rows)
+
+
+KERNELS = "../saekit/kernels/README.md"
 PAGES: dict[str, dict[str, Callable[[dict[str, list[Line]]], str]]] = {
     "peers.md": {"harvest": harvest, "text to disk": text_to_disk, "reader": reader},
     "kinds.md": {
@@ -287,6 +428,7 @@ PAGES: dict[str, dict[str, Callable[[dict[str, list[Line]]], str]]] = {
         "step": step,
         "together": together,
     },
+    KERNELS: {"step": fused_step, "growth": growth, "largest": most_latents},
 }
 
 
@@ -301,6 +443,7 @@ def with_tables(page: str, name: str, results: dict[str, list[Line]]) -> str:
 
 def main() -> None:
     results = load()
+    draw(results)
     for name in PAGES:
         path = DOCS / name
         made = with_tables(path.read_text(encoding="utf-8"), name, results)

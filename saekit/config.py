@@ -118,6 +118,11 @@ class TrainConfig(Config):
     """What matrices are multiplied in; weights, their moments and sums stay float32. "auto" is
     bfloat16 on a GPU that has it, and float32 elsewhere."""
 
+    economy: bool = False
+    """On a GPU, for TopK and BatchTopK: hold Adam's moments in bfloat16 and, for TopK where d_in is
+    large, look for the largest latents in float8 first. Quicker and smaller. What it costs in
+    quality is yet to be measured: compare before you rely on it."""
+
     input_scaling: Literal["sqrt_d", "unit", "none"] = "sqrt_d"
     """Scale activations so that their mean norm is sqrt(d_in), or 1, so that one learning rate
     serves many layers and models. Folded into the weights at export."""

@@ -13,6 +13,7 @@ from saekit.evals import _kinds as eval_kinds
 from saekit.trainers import _kinds as sae_kinds
 
 ROOT = Path(__file__).parent.parent
+FOLDERS = ("saekit", "activations_cache", "trainers", "evals", "dashboard")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -58,10 +59,34 @@ def tables() -> ModuleType:
     return _module(ROOT / "benchmarks" / "table.py")
 
 
-@pytest.mark.parametrize("name", ["peers.md", "kinds.md"])
+@pytest.mark.parametrize("name", ["peers.md", "kinds.md", "../saekit/kernels/README.md"])
 def test_the_tables_of_a_page_are_those_of_the_results(name: str, tables: ModuleType) -> None:
     page = (ROOT / "docs" / name).read_text(encoding="utf-8")
     assert tables.with_tables(page, name, tables.load()) == page
+
+
+def test_of_a_step_the_newest_line_counts_and_failures_are_shown(tables: ModuleType) -> None:
+    case = {"hardware": "G", "versions": {"torch": "9"}, "shape": "S", "d_in": 8, "d_sae": 16}
+    case |= {"k": 2, "batch": 4, "op": "topk step", "impl": "fused", "variant": "graph"}
+    times = {"ms": 1.0, "ms_min": 0.5, "ms_max": 2.0, "tokens_per_s": 4_000, "ratio": 3.0}
+    failed = {"impl": "peer", "variant": "1.0", "ms": None, "error": "out of memory"}
+    grown = {"op": "grow", "variant": "k", "shape": "", "adam_ms": 0.1, "matmul_ms": 0.2}
+    most = {"op": "largest", "ms": None, "peak_gib": 1.5, "stopped_by": "out of memory"}
+    checked = case | {"check": {}}
+    lines = [checked, case | times | {"ms": 9.0}, case | failed, case | times]
+    results = {"step": [*lines, case | times | grown, case | most]}
+    table = tables.fused_step(results)
+    assert table.startswith("On G, torch 9.\n")
+    assert "| topk | fused, graph | 1.00 (0.50 to 2.00) | 4,000 |  | 3.00 |" in table
+    assert "9.00" not in table and "| peer, 1.0 | no: out of memory |" in table
+    assert "| k | 16 | 2 | 4 | 1.00 | 0.20 | 0.10 |  |" in tables.growth(results)
+    assert "| 16 | 1.5 | out of memory |" in tables.most_latents(results)
+
+
+def test_every_variable_that_is_read_stands_in_the_readme() -> None:
+    sources = [path for name in FOLDERS for path in (ROOT / name).rglob("*.py")]
+    read = {name for path in sources for name in re.findall(r'"(SAEKIT_\w+)"', path.read_text())}
+    assert sorted(re.findall(r"^\| `(SAEKIT_\w+)`", README, re.MULTILINE)) == sorted(read)
 
 
 def test_every_link_leads_to_a_file() -> None:

@@ -47,6 +47,7 @@ while read -r line; do
 done <<<"$commands"
 run saekit plan --model demo --dataset demo --n-tokens 200_000 --seconds 1 --out planned
 [[ ! -e planned ]] || { echo "smoke: saekit plan wrote something" >&2; exit 1; }
+run saekit bench --device cpu --shape 16 64 4 --batch-size 32 --out bench.jsonl
 run saekit verify cache
 run saekit shuffle cache --out mixed --memory-mib 64
 for damaged in cache mixed; do
@@ -55,7 +56,7 @@ for damaged in cache mixed; do
   run saekit verify "$damaged" --repair
   run saekit verify "$damaged"
 done
-for product in cache/manifest.json mixed/manifest.json run/sae.safetensors run/config.json run/results/core.json run/report.html run/report.md; do
+for product in bench.jsonl cache/manifest.json mixed/manifest.json run/sae.safetensors run/config.json run/results/core.json run/report.html run/report.md; do
   must_exist "$product"
 done
 

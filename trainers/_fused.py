@@ -30,6 +30,7 @@ class FusedStep(Step):
         device: str,
         threshold: RunningMean | None,
     ) -> None:
+        from saekit.kernels import triton_candidates
         from saekit.kernels.triton_step import FusedBatchTopKStep, FusedTopKStep
         from saekit.kernels.triton_tune import tune, tuned
 
@@ -52,6 +53,11 @@ class FusedStep(Step):
         config = tuned(*shape)
         if config is None and cfg.n_steps >= WORTH_TUNING and shape[0].type == "cuda":
             config = tune(*shape, cfg.batch_size, split)
+        candidates = None
+        wide = trainer.d_in >= triton_candidates.LEAST_WIDTH
+        served = wide and triton_candidates.served(trainer.W_dec.device, trainer.d_in)
+        if cfg.economy and threshold is None and precision == "bfloat16" and served:
+            candidates = min(cfg.d_sae, triton_candidates.candidates_of(k))
         form = FusedTopKStep if threshold is None else FusedBatchTopKStep
         self._step = form(
             *(_as_held(name, p.data) for name, p in parameters.items()),
@@ -71,6 +77,8 @@ class FusedStep(Step):
             auxk=auxk,
             deterministic=True,
             split_master=split,
+            moments=torch.bfloat16 if cfg.economy else torch.float32,
+            candidates=candidates,
             graph=True,
             config=config,
         )

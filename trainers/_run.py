@@ -145,6 +145,11 @@ class Run:
             self._take_step = (
                 self.trainer.fused_step(self.optimiser, self.device) or self._take_step
             )
+        if self.cfg.economy and isinstance(self._take_step, EagerStep):
+            raise ConfigError(
+                f"{self.name}: economy=True is for fused steps, which {self.settings['kind']} on "
+                f"{self.device} does not take: leave it out, or train topk or batch_topk on a GPU"
+            )
         self._take_step.clipped.fill_(self.at.clipped)
 
     def _initialise(self, sample: Float[Tensor, "row d_in"]) -> float:

@@ -51,9 +51,8 @@ def choose(device: torch.device, dtype: torch.dtype = torch.float32, width: int 
 
 
 def require_triton(device: torch.device, dtype: torch.dtype, width: int) -> None:
-    """Raises KernelUnavailable where Triton kernels cannot serve such tensors."""
-    obstacle = triton_obstacle(device, dtype, width)
-    if obstacle:
+    """Raises KernelUnavailable where Triton kernels cannot run on such tensors."""
+    if obstacle := _cannot_run(device, dtype, width):
         raise KernelUnavailable(f"Triton kernels were asked for, but {obstacle}: {REMEDY}")
 
 
@@ -73,7 +72,8 @@ def _decide(device: torch.device, dtype: torch.dtype, width: int, wanted: str) -
     if wanted in ("reference", "eager"):
         return Choice(wanted, f"{VARIABLE}={wanted}")  # type: ignore[arg-type]
     if wanted == "triton":
-        require_triton(device, dtype, width)
+        if obstacle := triton_obstacle(device, dtype, width):
+            raise KernelUnavailable(f"{VARIABLE}=triton, but {obstacle}: {REMEDY}")
         return Choice("triton", f"{VARIABLE}=triton")
     if device.type != "cuda":
         return Choice("eager", f"Triton is for GPUs, and this is {device.type}")
@@ -86,6 +86,18 @@ def _decide(device: torch.device, dtype: torch.dtype, width: int, wanted: str) -
 
 def triton_obstacle(device: torch.device, dtype: torch.dtype, width: int) -> str:
     """Why Triton kernels cannot serve such tensors; empty where they can."""
+    if obstacle := _cannot_run(device, dtype, width):
+        return obstacle
+    if device.type == "cuda" and (off := self_test(device)):
+        listed = "; ".join(f"{name}: {what}" for name, what in off.items())
+        return (
+            f"on {torch.cuda.get_device_name(device)} Triton kernels are off ({listed}), as their "
+            f"self-test found (it is kept in {memory.path()}; delete it to try again)"
+        )
+    return ""
+
+
+def _cannot_run(device: torch.device, dtype: torch.dtype, width: int) -> str:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != "cuda" and not interpreted:
         return f"the tensors are on {device.type} and Triton needs a GPU"
@@ -106,12 +118,6 @@ def triton_obstacle(device: torch.device, dtype: torch.dtype, width: int) -> str
         triton_backend()
     except ImportError as error:
         return f"Triton cannot be imported ({first_line(error)}); pip install triton"
-    if device.type == "cuda" and (off := self_test(device)):
-        listed = "; ".join(f"{name}: {what}" for name, what in off.items())
-        return (
-            f"on {torch.cuda.get_device_name(device)} Triton kernels are off ({listed}), as their "
-            f"self-test found (it is kept in {memory.path()}; delete it to try again)"
-        )
     return ""
 
 

@@ -1,4 +1,5 @@
-"""Matching pursuit whose memory does not grow with the steps, in stock PyTorch operators.
+"""Matching pursuit whose memory does not grow with the steps, in stock PyTorch operators; or by the
+definition or in Triton (`triton_pursuit`), as `choose` says.
 
 Forward, the inner products of all atoms with what is left of x are found in one of two ways. Either
 by a product with W_dec in each step; or, after the first, from the atoms' inner products with each
@@ -11,11 +12,15 @@ taken: only the code and the last rest are kept, `[batch, steps]` and `[batch, d
 Axes: batch, block (some of its rows), d, d_sae.
 """
 
+from importlib import import_module
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from saekit.kernels import reference
+from saekit.kernels._choose import choose
 
 _BLOCK = 2**22
 _GRAM_BLOCK = 2**20
@@ -185,5 +190,14 @@ def matching_pursuit(
     signed: bool = False,
 ) -> tuple[Float[Tensor, "batch {steps}"], Int[Tensor, "batch {steps}"], Float[Tensor, "batch d"]]:
     """See `reference.matching_pursuit`."""
-    out: tuple[Tensor, Tensor, Tensor] = _MatchingPursuit.apply(x, W_dec, steps, residual, signed)  # type: ignore[no-untyped-call]
+    out: tuple[Tensor, Tensor, Tensor]
+    match choose(W_dec.device, W_dec.dtype, W_dec.shape[1]).backend:
+        case "reference":
+            out = reference.matching_pursuit(x, W_dec, steps, residual, signed)
+        case "eager":
+            out = _MatchingPursuit.apply(x, W_dec, steps, residual, signed)  # type: ignore[no-untyped-call]
+        case "triton":
+            # Imports Triton, which is not on every machine.
+            triton_pursuit = import_module("saekit.kernels.triton_pursuit")
+            out = triton_pursuit.matching_pursuit(x, W_dec, steps, residual, signed)
     return out

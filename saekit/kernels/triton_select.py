@@ -285,8 +285,10 @@ def _from_the_top(bins: Tensor, n: int | Tensor) -> tuple[Tensor, Tensor]:
     """The bin in which the n-th largest lies, -1 where there are fewer, and how many lie above."""
     reached = bins.flip(0).cumsum(0).flip(0)
     place = (reached >= n).sum() - 1
-    at = place.clamp_min(0)
-    return place.to(torch.int32), torch.where(place < 0, 0, reached[at] - bins[at])
+    # By gather: an index of no dimensions would be read by the host.
+    at = place.clamp_min(0)[None]
+    above = (reached.gather(0, at) - bins.gather(0, at))[0]
+    return place.to(torch.int32), torch.where(place < 0, 0, above)
 
 
 def _value_of(key: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from saekit.kernels import reference, triton_backend
+from saekit.kernels import reference, triton_backend, triton_pursuit
 from saekit.kernels.reference import rows_of
 from saekit.kernels.triton_step import FusedBatchTopKStep, FusedTopKStep
 
@@ -85,6 +85,23 @@ def _decode_gradients(normal: Normal) -> float:
     )
 
 
+def _pursuit(normal: Normal) -> float:
+    """What is left of each row, and its gradient; which of two atoms that tie is taken, is not
+    asked."""
+    atoms, x = normal(D_SAE, D_IN), normal(BATCH, D_IN)
+    atoms /= atoms.norm(dim=1, keepdim=True)
+    found = []
+    for op, dtype in (
+        (triton_pursuit.matching_pursuit, torch.float32),
+        (reference.matching_pursuit, torch.float64),
+    ):
+        held = x.to(dtype).requires_grad_()
+        _, _, rest = op(held, atoms.to(dtype), K)
+        left = rest.norm(dim=1)
+        found.append((left, *torch.autograd.grad(left.sum(), held)))
+    return max(_distance(one, other) for one, other in zip(*found, strict=True))
+
+
 def _step(form: type[FusedTopKStep], normal: Normal) -> float:
     """The gradients, which are what Adam's first moment holds of after a step, times 1 / 0.1."""
     W_dec = normal(D_SAE, D_IN)
@@ -119,6 +136,7 @@ CHECKS: dict[str, Callable[[Normal], float]] = {
     "batch_topk": _batch_topk,
     "weighted_rows": _weighted_rows,
     "decode_gradients": _decode_gradients,
+    "matching pursuit": _pursuit,
     "fused TopK step": partial(_step, FusedTopKStep),
     "fused BatchTopK step": partial(_step, FusedBatchTopKStep),
 }

@@ -29,6 +29,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saekit.errors import ConfigError
+from saekit.kernels import triton_candidates
 from saekit.kernels._choose import require_triton
 from saekit.kernels.auxk import AuxKConfig, AuxKGradients, DeadCount, room_for
 from saekit.kernels.triton_decode import (
@@ -102,6 +103,11 @@ class FusedTopKStep:
     split_master: float32 weights are held as their bfloat16 copy and the 16 bits that it lacks,
     which saves reading and writing 2 of 26 bytes. The tensors that were given then have the
     weights' last values only after `write_back`.
+    moments: bfloat16 halves what Adam's moments take and what reading and writing them costs. They
+    are rounded up or down at random, with the chances that keep their means, because the steps of
+    the second are smaller than bfloat16's. The same bits from the same start all the same.
+    candidates: so many latents a row are chosen by a product in float8, and the k among them by
+    one in bfloat16 (see `triton_candidates`); not given, all are looked at in `precision`.
     graph: from the second call on, the kernels are launched as one CUDA graph.
 
     Whoever changes a parameter between steps calls `take_over` after it.
@@ -132,6 +138,8 @@ class FusedTopKStep:
         rows_at_once: int | None = None,
         deterministic: bool = False,
         split_master: bool = False,
+        moments: torch.dtype = torch.float32,
+        candidates: int | None = None,
         graph: bool = False,
         config: StepConfig | None = None,
     ) -> None:
@@ -148,6 +156,7 @@ class FusedTopKStep:
         self.rows_at_once = min(rows_at_once or batch_size, batch_size)
         if self._RAGGED and self.rows_at_once < batch_size:
             raise ConfigError("rows_at_once cuts a batch that is selected from as a whole")
+        self._moments, self._n_candidates = moments, candidates
         self._check(precision)
         self.config = config or step_config(self.d_in, self.d_sae, k)
         self.state = self._state(state)
@@ -179,9 +188,19 @@ class FusedTopKStep:
             for name in ("W_enc_T", "W_dec")
             if split_master
         }
-        self.take_over()
-
         d_in, d_sae = self.d_in, self.d_sae
+        if candidates is not None:
+            self._W_low = new(d_sae, d_in, dtype=torch.float8_e4m3fn)
+            self._W_scale = new(d_sae)
+            self._x_low = new(batch_size, d_in, dtype=torch.float8_e4m3fn)
+            self._x_scale = new(batch_size)
+            self._candidates = (
+                new(self.rows_at_once, candidates, dtype=low),
+                new(self.rows_at_once, candidates, dtype=torch.int32),
+            )
+            slices = -(-d_in // triton_candidates.columns(d_in))
+            self._scores = new(slices, self.rows_at_once, candidates)
+        self.take_over()
         row = self.config.row
         sms = multiprocessors(self.device)
         self._programs = sms * row.programs
@@ -216,7 +235,7 @@ class FusedTopKStep:
         # log beta_1, log beta_2, weight_decay; then what they make of the step and the rate.
         logs = [math.log(beta) if beta > 0 else -math.inf for beta in betas]
         self._constants = torch.tensor([*logs, weight_decay], dtype=torch.float64).to(self.device)
-        self._hyper = torch.ones(4, device=self.device)
+        self._hyper = torch.ones(5, device=self.device)
         self._revival: dict[int, AuxKGradients] = {}
         self._wants_graph = graph and self.device.type == "cuda"
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
@@ -231,6 +250,17 @@ class FusedTopKStep:
                 raise ConfigError(
                     f"{name} must be float32, and contiguous as the fused step is given it: it is "
                     f"{parameter.dtype}, with strides {parameter.stride()}"
+                )
+        if self._n_candidates is not None:
+            if precision == "float32" or not triton_candidates.served(W_dec.device, self.d_in):
+                raise ConfigError(
+                    "candidates by float8 need precision 'bfloat16', a GPU of compute capability "
+                    f"{triton_candidates.CAPABILITY[0]}.{triton_candidates.CAPABILITY[1]} and a "
+                    f"d_in ({self.d_in}) that is a multiple of 16: leave them out"
+                )
+            if not self.k <= self._n_candidates <= self.d_sae:
+                raise ConfigError(
+                    f"candidates={self._n_candidates} must lie in k={self.k}..d_sae={self.d_sae}"
                 )
         if precision == "float32" and self.split_master:
             raise ConfigError(
@@ -253,8 +283,10 @@ class FusedTopKStep:
             slot = dict((given or {}).get(name, {}))
             slot.setdefault("step", torch.zeros((), device=self.device))
             for moment in ("exp_avg", "exp_avg_sq"):
-                slot.setdefault(moment, torch.zeros_like(parameter))
-                held = slot[moment]
+                dtype = self._moments if parameter.ndim == 2 else parameter.dtype
+                slot.setdefault(moment, torch.zeros_like(parameter, dtype=dtype))
+                # One that comes in another type is held in this, and no longer shared.
+                slot[moment] = held = slot[moment].to(dtype)
                 if held.shape != parameter.shape or not held.is_contiguous():
                     raise ConfigError(
                         f"{moment} of {name} must lie in memory as {name} does: its shape is "
@@ -373,6 +405,11 @@ class FusedTopKStep:
         self._index.clear()
         steps = [slot["step"] for slot in self.state.values()]
         _schedule_kernel[(1,)](*steps, self.lr, self._constants, self._hyper, num_warps=1)
+        if self._n_candidates is not None:
+            triton_candidates.centre(
+                x, self.parameters["b_dec"], self._centred, self._x_low, self._x_scale
+            )
+            return
         _centre_kernel[(-(-x.numel() // _CENTRE_BLOCK),)](
             x,
             self.parameters["b_dec"],
@@ -384,6 +421,9 @@ class FusedTopKStep:
         )
 
     def _encode(self) -> None:
+        if self._n_candidates is not None:
+            self._encode_by_candidates()
+            return
         W_enc = self._copies["W_enc_T"].t()
         for first in range(0, self.batch_size, self.rows_at_once):
             rows = slice(first, first + self.rows_at_once)
@@ -396,6 +436,28 @@ class FusedTopKStep:
                 count=self._index.count,
                 rank=self._rank[rows],
                 config=self.config.select,
+            )
+
+    def _encode_by_candidates(self) -> None:
+        W_low, W_scale = self._W_low, self._W_scale
+        triton_candidates.quantise(self._copies["W_enc_T"], W_low, W_scale)
+        for first in range(0, self.batch_size, self.rows_at_once):
+            rows = slice(first, first + self.rows_at_once)
+            low, n = self._x_low[rows], len(self._x_low[rows])
+            pre, bias = self._pre[:n], self._copies["b_enc"]
+            triton_candidates.product(low, self._x_scale[rows], W_low, W_scale, bias, pre)
+            values, indices = (held[:n] for held in self._candidates)
+            topk_select(pre, values.shape[1], out=(values, indices))
+            scores = self._scores if n == self.rows_at_once else self._scores[:, :n].contiguous()
+            triton_candidates.rescore(self._centred[rows], self._copies["W_enc_T"], indices, scores)
+            triton_candidates.reselect(
+                scores,
+                bias,
+                indices,
+                values=self._values[rows],
+                indices=self._indices[rows],
+                count=self._index.count,
+                rank=self._rank[rows],
             )
 
     def _index_latents(self) -> None:
@@ -589,6 +651,7 @@ def _schedule_kernel(step_0, step_1, step_2, step_3, lr, constants, hyper):
     tl.store(hyper, (rate / (1 - power_1)).to(tl.float32))
     tl.store(hyper + 1, (1 / tl.sqrt(1 - power_2)).to(tl.float32))
     tl.store(hyper + 2, (1 - rate * tl.load(constants + 2)).to(tl.float32))
+    tl.store(hyper + 4, step)
 
 
 @triton.jit
@@ -715,6 +778,30 @@ def _chunk_kernel(
 
 @triton.jit
 @no_type_check
+def _moment(moments, at, inside):
+    held = tl.load(moments + at, mask=inside, other=0.0, eviction_policy="evict_first")
+    return held.to(tl.float32)
+
+
+@triton.jit
+@no_type_check
+def _put_moments(means, squares, at, mean, square, inside, seed):
+    if means.dtype.element_ty == tl.bfloat16:
+        # 16 random bits for each, below which a float32 is cut off: up as often as it is near.
+        noise = at.to(tl.uint32) ^ (seed.to(tl.uint32) * 0x9E3779B1)
+        noise = (noise ^ (noise >> 16)) * 0x7FEB352D
+        noise = (noise ^ (noise >> 15)) * 0x846CA68B
+        noise = noise ^ (noise >> 16)
+        up = mean.to(tl.uint32, bitcast=True) + (noise & 0xFFFF)
+        mean = (up & 0xFFFF0000).to(tl.float32, bitcast=True)
+        up = square.to(tl.uint32, bitcast=True) + (noise >> 16)
+        square = (up & 0xFFFF0000).to(tl.float32, bitcast=True)
+    tl.store(means + at, mean.to(means.dtype.element_ty), mask=inside, cache_modifier=".cs")
+    tl.store(squares + at, square.to(squares.dtype.element_ty), mask=inside, cache_modifier=".cs")
+
+
+@triton.jit
+@no_type_check
 def _adam(weight, mean, square, grad, rate, root, decay, b_1, c_1, b_2, c_2, eps):
     mean = b_1 * mean + c_1 * grad
     square = b_2 * square + c_2 * grad * grad
@@ -780,6 +867,7 @@ def _latent_kernel(
     rate = tl.load(hyper)
     root = tl.load(hyper + 1)
     decay = tl.load(hyper + 2)
+    seed = tl.load(hyper + 4).to(tl.int32)
     share = 1.0
     if not NORM:
         share = tl.load(hyper + 3)
@@ -836,23 +924,21 @@ def _latent_kernel(
         if NORM:
             squared += tl.sum(d_dec * d_dec + d_enc * d_enc) + d_bias * d_bias
         else:
-            mean = tl.load(dec_mean + at, mask=inside, other=0.0, eviction_policy="evict_first")
-            square = tl.load(dec_square + at, mask=inside, other=0.0, eviction_policy="evict_first")
+            mean = _moment(dec_mean, at, inside)
+            square = _moment(dec_square, at, inside)
             dec, mean, square = _adam(
                 dec, mean, square, d_dec, rate, root, decay, b_1, c_1, b_2, c_2, eps
             )
-            tl.store(dec_mean + at, mean, mask=inside, cache_modifier=".cs")
-            tl.store(dec_square + at, square, mask=inside, cache_modifier=".cs")
+            _put_moments(dec_mean, dec_square, at, mean, square, inside, 2 * seed)
             dec = tl.where(inside, dec, 0.0)
             dec = dec * (1 / tl.sqrt(tl.sum(dec * dec)))
             _put_weights(dec, W_dec, dec_high, dec_low, at, inside, SPLIT, COPY)
-            mean = tl.load(enc_mean + at, mask=inside, other=0.0, eviction_policy="evict_first")
-            square = tl.load(enc_square + at, mask=inside, other=0.0, eviction_policy="evict_first")
+            mean = _moment(enc_mean, at, inside)
+            square = _moment(enc_square, at, inside)
             enc, mean, square = _adam(
                 enc, mean, square, d_enc, rate, root, decay, b_1, c_1, b_2, c_2, eps
             )
-            tl.store(enc_mean + at, mean, mask=inside, cache_modifier=".cs")
-            tl.store(enc_square + at, square, mask=inside, cache_modifier=".cs")
+            _put_moments(enc_mean, enc_square, at, mean, square, inside, 2 * seed + 1)
             _put_weights(enc, W_enc, enc_high, enc_low, at, inside, SPLIT, COPY)
             bias, mean_1, square_1 = _adam(
                 tl.load(b_enc + latent),

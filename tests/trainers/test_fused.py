@@ -2,6 +2,7 @@
 
 import logging
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from saekit import ActivationCache, train
+from saekit.errors import ConfigError
 from saekit.trainers._base import Batch, Step
 from saekit.trainers._fused import FusedStep
 from saekit.trainers._resume_check import check_resume
@@ -149,8 +151,18 @@ def test_kinds_made_from_topk_keep_their_own_losses(monkeypatch: pytest.MonkeyPa
         assert trainer.fused_step(torch.optim.Adam(trainer.parameters()), DEVICE) is None
 
 
+def test_economy_without_fused_steps_is_refused(
+    planted: ActivationCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAEKIT_KERNELS", "eager")
+    cfg = TopKConfig(d_sae=24, k=3, batch_size=10, economy=True)
+    with pytest.raises(ConfigError, match="economy=True is for fused steps, which topk on"):
+        train(cfg, planted, device=DEVICE)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("economy", [False, True])
 @pytest.mark.parametrize("revive", ["none", "auxk", "resample"])
 @pytest.mark.parametrize("config", [TopKConfig, BatchTopKConfig])
 def test_a_run_that_is_stopped_ends_in_the_same_bits(
@@ -158,22 +170,31 @@ def test_a_run_that_is_stopped_ends_in_the_same_bits(
     config: type[TopKConfig | BatchTopKConfig],
     revive: Any,
     precision: Any,
+    economy: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("SAEKIT_KERNELS", "triton")
     cfg = config(
-        d_sae=512, k=4, batch_size=256, revive=revive, resample_every=5, precision=precision
+        d_sae=512,
+        k=4,
+        batch_size=256,
+        revive=revive,
+        resample_every=5,
+        precision=precision,
+        economy=economy,
     )
     assert check_resume(cfg, planted, device="cuda") == []
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("economy", [False, True])
 @pytest.mark.parametrize("revive", ["none", "auxk", "resample"])
 @pytest.mark.parametrize("config", [TopKConfig, BatchTopKConfig])
 def test_in_bfloat16_a_run_learns_as_well_as_the_eager_path(
     planted: ActivationCache,
     config: type[TopKConfig | BatchTopKConfig],
     revive: Any,
+    economy: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cfg = config(
@@ -190,7 +211,8 @@ def test_in_bfloat16_a_run_learns_as_well_as_the_eager_path(
     errors = []
     for backend in ("eager", "triton"):
         monkeypatch.setenv("SAEKIT_KERNELS", backend)
-        sae = train(cfg, planted, device="cuda")
+        fused = backend == "triton"
+        sae = train(replace(cfg, economy=economy and fused), planted, device="cuda")
         monkeypatch.setenv("SAEKIT_KERNELS", "eager")
         errors.append(float((sae(x) - x).square().sum(1).mean()))
     assert errors[1] < 1.1 * errors[0]

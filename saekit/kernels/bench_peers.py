@@ -1,6 +1,6 @@
 """One training step of other libraries, each as its own trainer takes it, in its fastest mode.
 
-For a benchmark that times them in its own process, by its own clock, beside saekit. Only what a
+For `bench`, which times those that are installed in its own process, by its own clock. Only what a
 trainer does with a batch is here: no language model, no data, no logging service. A trainer's
 AuxK is on where it is by default; it costs next to nothing while no latent is dead, and in the
 steps of a benchmark none has been idle for long enough.
@@ -13,6 +13,7 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.metadata
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,8 +25,9 @@ from typing import Any
 from unittest.mock import MagicMock, patch
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
 
 Following = Callable[[], Tensor]
 """Gives the next batch."""
@@ -66,8 +68,6 @@ def peers(d_in: int, d_sae: int, k: int, batch_size: int, following: Following) 
         for compiled in (False, True):
             mode = f"{version}, bf16 autocast" + ", compiled" * compiled
             yield "sae-lens", mode, partial(_sae_lens, sizes, following, compiled)
-    mode = f"{torch.__version__}, bf16 autocast, fused Adam"
-    yield "plain torch", mode, partial(_plain, sizes, following)
 
 
 def pursuit(
@@ -197,35 +197,10 @@ def _sae_lens(sizes: _Sizes, following: Following, compiled: bool) -> tuple[Step
     }
 
 
-def _plain(sizes: _Sizes, following: Following) -> tuple[Step, Facts]:
-    """What one writes first in PyTorch: gradients of the encoder are dense."""
-    device = following().device
-    W_dec = nn.Parameter(torch.randn(sizes.d_sae, sizes.d_in, device=device))
-    W_dec.data /= W_dec.data.norm(dim=1, keepdim=True)
-    W_enc_T = nn.Parameter(W_dec.detach().clone())
-    b_enc = nn.Parameter(torch.zeros(sizes.d_sae, device=device))
-    b_dec = nn.Parameter(torch.zeros(sizes.d_in, device=device))
-    update = torch.optim.Adam([W_enc_T, W_dec, b_enc, b_dec], lr=1e-4, fused=True)
-
-    def step() -> None:
-        x = following()
-        with torch.autocast(x.device.type, torch.bfloat16):
-            pre = F.linear(x - b_dec, W_enc_T, b_enc)
-            values, indices = pre.relu().topk(sizes.k, sorted=False)
-            values = values.to(W_dec.dtype)
-            x_hat = F.embedding_bag(indices, W_dec, mode="sum", per_sample_weights=values)
-            loss = (x_hat + b_dec - x).square().sum(-1).mean()
-        loss.backward()
-        update.step()
-        update.zero_grad()
-
-    return step, _facts("torch") | {"auxk": False, "clip_norm": None, "unit_rows": False}
-
-
 def _overcomplete(sizes: _Sizes, following: Following) -> tuple[Step, Facts]:
     """`train_sae` without its monitoring, under autocast; `train_sae_amp` would have float16 and
     scaled losses."""
-    matplotlib = importlib.import_module("matplotlib")
+    matplotlib = _load("matplotlib")
     # Its plots ask at import for a function that newer versions of matplotlib have elsewhere.
     maps = getattr(matplotlib.cm, "get_cmap", matplotlib.colormaps.get_cmap)
     with patch.object(matplotlib.cm, "get_cmap", maps, create=True):
@@ -255,7 +230,7 @@ def _installed(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        print(f"{package} is not installed, and left out", file=sys.stderr)
+        log.warning("%s is not installed, and left out", package)
         return None
 
 
