@@ -4,8 +4,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saekit.kernels.eager import column_topk
+from saekit.kernels.triton_batch_select import batch_topk_select
 from saekit.kernels.triton_decode import decode_gradients, weighted_rows
-from saekit.kernels.triton_select import batch_topk_select, topk_select
+from saekit.kernels.triton_select import topk_select
 
 __all__ = [
     "batch_topk",

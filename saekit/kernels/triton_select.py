@@ -11,7 +11,7 @@ Axes: batch, d_sae (latents), k (latents kept a row), kept (entries of all rows,
 # pyright: reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false
 
 from dataclasses import dataclass
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import torch
 import triton
@@ -31,7 +31,6 @@ FAST_K = 2_048
 """The largest k of the way that reads a row once. Above it a row is read for every bit or so."""
 
 _SCAN_BLOCK = 2_048
-_BINS = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -52,16 +51,16 @@ def select_config(
         return SelectConfig(0, 0, 4)
     group = group or 32
     # Few groups would leave little out, and the k that are left must fit.
-    while group > 8 and (_power(k) * group > _MOST_CANDIDATES or d_sae < 4 * k * group):
+    while group > 8 and (power_of(k) * group > _MOST_CANDIDATES or d_sae < 4 * k * group):
         group //= 2
     if d_sae < k * group:
         return SelectConfig(0, 0, 8)
-    if _power(k) * group > _MOST_CANDIDATES // 2:
+    if power_of(k) * group > _MOST_CANDIDATES // 2:
         # More than fewer threads have registers for.
         n_warps = 16
     n_warps = n_warps or (8 if d_sae > 32_768 else 4)
     # 64 entries to a thread.
-    at_once = min(_power(-(-d_sae // group)), 2_048 * n_warps // group)
+    at_once = min(power_of(-(-d_sae // group)), 2_048 * n_warps // group)
     return SelectConfig(group, at_once, n_warps)
 
 
@@ -96,7 +95,7 @@ def topk_select(
     batch, d_sae = pre.shape
     if not 0 < k <= d_sae:
         raise ConfigError(f"k={k} must lie in 1..d_sae={d_sae}: it is how many latents are kept")
-    keys = _keys(pre)
+    keys = keys_of(pre)
     if out is None:
         out = pre.new_empty(batch, k), pre.new_empty(batch, k, dtype=torch.int32)
     values, indices = out
@@ -124,9 +123,9 @@ def topk_select(
         d_sae,
         n_groups,
         K=k,
-        K_BLOCK=_power(k),
+        K_BLOCK=power_of(k),
         GROUP=group,
-        GROUPS_BLOCK=_power(n_groups),
+        GROUPS_BLOCK=power_of(n_groups),
         AT_ONCE=config.groups_at_once,
         WHOLE=config.group == 0,
         EVEN=config.group > 0 and d_sae % (group * config.groups_at_once) == 0,
@@ -141,7 +140,7 @@ def threshold_select(
 ) -> tuple[Float[Tensor, " kept"], Int[Tensor, " kept"], Int[Tensor, " offsets"]]:
     """Entries above a threshold, one for all or one for each latent: values, latents (int32) and
     the offsets of the rows (int64). The host waits once, for how many there are."""
-    _keys(pre)
+    keys_of(pre)
     if not isinstance(threshold, Tensor):
         threshold = torch.tensor(threshold, dtype=torch.float32, device=pre.device)
     if threshold.shape not in ((), (pre.shape[1],)):
@@ -149,76 +148,29 @@ def threshold_select(
             f"a threshold of shape {tuple(threshold.shape)} fits no latents: it must be one "
             f"number, or one for each of the {pre.shape[1]}"
         )
-    above, _ = _row_counts(pre, threshold.float().contiguous())
-    return _fill(pre, threshold.float().contiguous(), above, torch.zeros_like(above))
+    batch, d_sae = pre.shape
+    bound = threshold.float().contiguous()
+    kept = torch.zeros(batch, dtype=torch.int64, device=pre.device)
+    options: dict[str, Any] = {"EACH": bound.ndim == 1, "BLOCK": _SCAN_BLOCK}
+    if batch:
+        _count_kernel[(batch,)](pre, bound, kept, d_sae, **options)
+    offsets = row_ends(kept)
+    total = int(offsets[-1])
+    values = pre.new_empty(total)
+    indices = torch.empty(total, dtype=torch.int32, device=pre.device)
+    if total:
+        _fill_kernel[(batch,)](pre, bound, offsets, values, indices, d_sae, **options)
+    return values, indices, offsets
 
 
-def batch_topk_select(
-    pre: Float[Tensor, "batch d_sae"], n_kept: int
-) -> tuple[Float[Tensor, " kept"], Int[Tensor, " kept"], Int[Tensor, " offsets"]]:
-    """The n_kept largest entries above 0 of the whole matrix, all where there are fewer: values,
-    latents (int32) and the offsets of the rows (int64). Of equal entries those of the first rows,
-    and in a row of the first latents, are kept. The host waits once, for how many there are.
-
-    A histogram of the keys says where to cut. Only what exceeds a bound from a sample goes into it;
-    where the sample misled, a second one of all that is above 0.
-    """
-    _keys(pre)
-    n_kept = min(n_kept, pre.numel())
-    if n_kept <= 0 or pre.numel() == 0:
-        nothing = torch.zeros(len(pre), dtype=torch.int64, device=pre.device)
-        return _fill(pre, pre.new_zeros((), dtype=torch.float32), nothing, nothing)
-    return _fill(pre, *_batch_bound(pre, n_kept))
-
-
-def batch_topk_into(
-    pre: Float[Tensor, "batch d_sae"],
-    *,
-    values: Float[Tensor, " most"],
-    indices: Int[Tensor, " most"],
-    rows: Int[Tensor, " most"],
-    offsets: Int[Tensor, " offsets"],
-    count: Int[Tensor, " d_sae"],
-    rank: Int[Tensor, " most"],
-) -> None:
-    """As `batch_topk_select` of `most` entries, into memory that is given, and without waiting for
-    the device: where fewer are above 0, places from `offsets[-1]` on are left as they are, but for
-    a rank of -1. `rows` says each entry's row; `count` and `rank` are as for `topk_select`."""
-    bound, kept, equal = _batch_bound(pre, len(values))
-    offsets[:1].zero_()
+def row_ends(kept: Int[Tensor, " batch"]) -> Int[Tensor, " offsets"]:
+    """Offsets of rows that keep so many entries each."""
+    offsets = torch.zeros(len(kept) + 1, dtype=torch.int64, device=kept.device)
     torch.cumsum(kept, 0, out=offsets[1:])
-    rank.fill_(-1)
-    _fill_kernel[(len(pre),)](
-        pre,
-        bound,
-        equal,
-        offsets,
-        values,
-        indices,
-        rows,
-        count,
-        rank,
-        pre.shape[1],
-        EACH=False,
-        COUNT=True,
-        BLOCK=_SCAN_BLOCK,
-    )
+    return offsets
 
 
-def _batch_bound(pre: Tensor, n_kept: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The smallest of the n_kept largest entries, how many entries each row keeps, and how many of
-    these equal it."""
-    high = 0 if pre.dtype.itemsize == 2 else 16
-    cut, above = _cut(_keys(pre).view(-1), n_kept, _sampled_bound(pre, n_kept), high)
-    bound = _value_of(cut, pre.dtype)
-    larger, equal = _row_counts(pre, bound)
-    # The equal ones that are kept: as many as are missing, from the first rows on.
-    missing = torch.where(cut > 0, n_kept - above, 0)
-    taken = (missing - (equal.cumsum(0) - equal)).clamp_min(0).minimum(equal)
-    return bound, larger + taken, taken
-
-
-def _keys(pre: Tensor) -> Tensor:
+def keys_of(pre: Tensor) -> Tensor:
     """The bits of `pre` as integers, or ConfigError."""
     kinds = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
     if pre.dtype not in kinds:
@@ -230,118 +182,14 @@ def _keys(pre: Tensor) -> Tensor:
     return pre.view(kinds[pre.dtype])
 
 
-def _power(n: int) -> int:
+def power_of(n: int) -> int:
     """The power of two that is n or next above."""
     return 1 << max(0, n - 1).bit_length()
 
 
-def _sampled_bound(pre: Tensor, n_kept: int) -> Tensor:
-    """A key that probably more than n_kept entries reach."""
-    flat = pre.flatten()
-    # Odd, so that the sample is not taken from a few columns alone.
-    stride = flat.numel() // _SAMPLE | 1
-    sample = flat[::stride]
-    # Half as many again as wanted, so that a sample rarely gives too high a bound.
-    place = 3 * n_kept // (2 * stride) + 16
-    if place >= len(sample):
-        return torch.ones((), dtype=torch.int32, device=pre.device)
-    bound = sample.float().topk(place, sorted=False).values.min().to(pre.dtype)
-    return _keys(bound[None]).to(torch.int32)[0].clamp_min(1)
-
-
-_SAMPLE = 1 << 18
-
-
-def _cut(keys: Tensor, n: int, bound: Tensor, high: int) -> tuple[Tensor, Tensor]:
-    """The n-th largest of the keys above 0 (0: there are fewer), and how many are larger. Keys have
-    `high` bits more than are told apart at a time."""
-    device = keys.device
-    bins = torch.zeros(_BINS, dtype=torch.int32, device=device)
-    grid = (-(-len(keys) // (8 * _SCAN_BLOCK)),)
-    found = torch.zeros((), dtype=torch.int32, device=device)
-    args = {"SHIFT": high, "BLOCK": _SCAN_BLOCK, "BLOCKS": 8}
-    nothing = torch.full((), -1, dtype=torch.int32, device=device)
-    # A bound inside a bin would leave part of it uncounted.
-    bound = (bound >> high << high).clamp_min(1)
-    _histogram_kernel[grid](keys, bins, found, bound, nothing, n, len(keys), FIRST=True, **args)
-    # Does nothing where the first has found enough.
-    low = torch.where(found >= n, bound, 1)
-    _histogram_kernel[grid](keys, bins, found, bound, nothing, n, len(keys), FIRST=False, **args)
-    place, above = _from_the_top(bins, n)
-    if high == 0:
-        return place.clamp_min(0), above
-    # The rest of the bits, within the bin.
-    bins = torch.zeros(1 << high, dtype=torch.int32, device=device)
-    none = torch.zeros((), dtype=torch.int32, device=device)
-    fine = {**args, "SHIFT": 0}
-    begins = place.clamp_min(0)
-    _histogram_kernel[grid](keys, bins, none, low, begins, n, len(keys), FIRST=True, **fine)
-    rest, more = _from_the_top(bins, n - above)
-    whole = (place.clamp_min(0) << high) + rest.clamp_min(0)
-    return torch.where((place < 0) | (rest < 0), 0, whole), above + more
-
-
-def _from_the_top(bins: Tensor, n: int | Tensor) -> tuple[Tensor, Tensor]:
-    """The bin in which the n-th largest lies, -1 where there are fewer, and how many lie above."""
-    reached = bins.flip(0).cumsum(0).flip(0)
-    place = (reached >= n).sum() - 1
-    # By gather: an index of no dimensions would be read by the host.
-    at = place.clamp_min(0)[None]
-    above = (reached.gather(0, at) - bins.gather(0, at))[0]
-    return place.to(torch.int32), torch.where(place < 0, 0, above)
-
-
-def _value_of(key: Tensor, dtype: torch.dtype) -> Tensor:
-    """The float of a key, in float32."""
-    kind = torch.int16 if dtype.itemsize == 2 else torch.int32
-    return key.to(kind)[None].view(dtype)[0].float()
-
-
-def _row_counts(pre: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
-    """Entries of each row above a threshold, and equal to it; int64."""
-    batch, d_sae = pre.shape
-    above = torch.zeros(batch, dtype=torch.int64, device=pre.device)
-    equal = torch.zeros_like(above)
-    if batch:
-        _count_kernel[(batch,)](
-            pre, threshold, above, equal, d_sae, EACH=threshold.ndim == 1, BLOCK=_SCAN_BLOCK
-        )
-    return above, equal
-
-
-def _fill(
-    pre: Tensor, threshold: Tensor, kept: Tensor, equal: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The code of rows that keep so many entries each, of which the first `equal` that equal the
-    threshold."""
-    batch, d_sae = pre.shape
-    offsets = torch.zeros(batch + 1, dtype=torch.int64, device=pre.device)
-    torch.cumsum(kept, 0, out=offsets[1:])
-    total = int(offsets[-1])
-    values = pre.new_empty(total)
-    indices = torch.empty(total, dtype=torch.int32, device=pre.device)
-    if total:
-        _fill_kernel[(batch,)](
-            pre,
-            threshold,
-            equal,
-            offsets,
-            values,
-            indices,
-            None,
-            None,
-            None,
-            d_sae,
-            EACH=threshold.ndim == 1,
-            COUNT=False,
-            BLOCK=_SCAN_BLOCK,
-        )
-    return values, indices, offsets
-
-
 @triton.jit
 @no_type_check
-def _key_of(bits):
+def key_of(bits):
     # All NaN alike: the largest integer has none above it, and one is needed.
     return tl.minimum(tl.maximum(bits.to(tl.int32), 0), 0x7F800001)
 
@@ -402,7 +250,7 @@ def _topk_kernel(
     if WHOLE:
         latent = tl.arange(0, GROUPS_BLOCK)
         there = latent < d_sae
-        key = tl.where(there, _key_of(tl.load(base + latent, mask=there, other=0)), -1)
+        key = tl.where(there, key_of(tl.load(base + latent, mask=there, other=0)), -1)
         high = tl.max(key) + 1
         low = tl.minimum(high, 0)
     else:
@@ -421,7 +269,7 @@ def _topk_kernel(
         group = tl.arange(0, GROUPS_BLOCK)
         there = group < n_groups
         most = tl.load(largest + row * n_groups + group, mask=there, other=0)
-        most = tl.where(there, _key_of(most), -1)
+        most = tl.where(there, key_of(most), -1)
         high = tl.max(most) + 1
         # The K largest lie in the K groups with the largest, and the first of equal ones in the
         # first of those: groups stand in the order of their entries.
@@ -434,7 +282,7 @@ def _topk_kernel(
         chosen = tl.load(indices + out + slot, mask=slot < K, other=0)
         latent = chosen[:, None] * GROUP + within[None, :]
         there = (slot < K)[:, None] & (latent < d_sae)
-        key = tl.where(there, _key_of(tl.load(base + latent, mask=there, other=0)), -1)
+        key = tl.where(there, key_of(tl.load(base + latent, mask=there, other=0)), -1)
         key = tl.reshape(key, [K_BLOCK * GROUP])
         latent = tl.reshape(latent, [K_BLOCK * GROUP])
         # All have read the groups before any writes over them.
@@ -463,7 +311,7 @@ def _topk_scan_kernel(
     most = tl.zeros([BLOCK], tl.int32)
     for first in range(0, d_sae, BLOCK):
         there = first + latent < d_sae
-        most = tl.maximum(most, _key_of(tl.load(base + first + latent, mask=there, other=0)))
+        most = tl.maximum(most, key_of(tl.load(base + first + latent, mask=there, other=0)))
     high = tl.max(most) + 1
     low = tl.minimum(high, 0)
     while high - low > 1:
@@ -471,7 +319,7 @@ def _topk_scan_kernel(
         reach = tl.zeros([BLOCK], tl.int32)
         for first in range(0, d_sae, BLOCK):
             there = first + latent < d_sae
-            key = _key_of(tl.load(base + first + latent, mask=there, other=0))
+            key = key_of(tl.load(base + first + latent, mask=there, other=0))
             reach += (there & (key >= middle)).to(tl.int32)
         enough = tl.sum(reach) >= k
         low = tl.where(enough, middle, low)
@@ -479,13 +327,13 @@ def _topk_scan_kernel(
     above = tl.zeros([BLOCK], tl.int32)
     for first in range(0, d_sae, BLOCK):
         there = first + latent < d_sae
-        key = _key_of(tl.load(base + first + latent, mask=there, other=0))
+        key = key_of(tl.load(base + first + latent, mask=there, other=0))
         above += (there & (key > low)).to(tl.int32)
     missing = k - tl.sum(above)
     out = row * k
     for first in range(0, d_sae, BLOCK):
         there = first + latent < d_sae
-        key = _key_of(tl.load(base + first + latent, mask=there, other=0))
+        key = key_of(tl.load(base + first + latent, mask=there, other=0))
         larger = (there & (key > low)).to(tl.int32)
         equal = (there & (key == low)).to(tl.int32)
         equal_before = tl.cumsum(equal, axis=0) - equal
@@ -503,96 +351,32 @@ def _topk_scan_kernel(
 
 @triton.jit
 @no_type_check
-def _histogram_kernel(
-    keys,
-    bins,
-    found,
-    bound,
-    prefix,
-    n,
-    numel,
-    FIRST: tl.constexpr,
-    SHIFT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
-):
-    # Counts the keys from `bound` on by their bits above SHIFT; where a prefix is given, those of
-    # the keys that begin with it, by the rest of their bits. Not the first: where too few were
-    # found, those below the bound.
-    least = tl.load(bound)
-    most = 0x7F800001
-    if not FIRST:
-        most = tl.where(tl.load(found) < n, least - 1, 0)
-        least = tl.minimum(least, 1)
-    begins = tl.load(prefix)
-    total = 0
-    if most >= least:
-        for block in range(BLOCKS):
-            at = (tl.program_id(0).to(tl.int64) * BLOCKS + block) * BLOCK + tl.arange(0, BLOCK)
-            key = _key_of(tl.load(keys + at, mask=at < numel, other=0))
-            counted = (at < numel) & (key >= least) & (key <= most)
-            which = key >> SHIFT
-            if begins >= 0:
-                counted = counted & (key >> 16 == begins)
-                which = key & 0xFFFF
-            tl.atomic_add(bins + which, 1, mask=counted, sem="relaxed")
-            total += tl.sum(counted.to(tl.int32))
-        if FIRST:
-            tl.atomic_add(found, total, sem="relaxed")
-
-
-@triton.jit
-@no_type_check
-def _count_kernel(pre, threshold, above, equal, d_sae, EACH: tl.constexpr, BLOCK: tl.constexpr):
+def _count_kernel(pre, threshold, above, d_sae, EACH: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    n_above = 0
-    n_equal = 0
+    found = tl.zeros([BLOCK], tl.int32)
     for first in range(0, d_sae, BLOCK):
         latent = first + tl.arange(0, BLOCK)
         there = latent < d_sae
         entry = tl.load(pre + row * d_sae + latent, mask=there, other=0).to(tl.float32)
         bound = tl.load(threshold + latent, mask=there, other=0) if EACH else tl.load(threshold)
-        n_above += tl.sum((there & (entry > bound)).to(tl.int32))
-        n_equal += tl.sum((there & (entry == bound)).to(tl.int32))
-    tl.store(above + row, n_above.to(tl.int64))
-    tl.store(equal + row, n_equal.to(tl.int64))
+        found += (there & (entry > bound)).to(tl.int32)
+    tl.store(above + row, tl.sum(found).to(tl.int64))
 
 
 @triton.jit
 @no_type_check
 def _fill_kernel(
-    pre,
-    threshold,
-    equal,
-    offsets,
-    values,
-    indices,
-    rows,
-    count,
-    rank,
-    d_sae,
-    EACH: tl.constexpr,
-    COUNT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    pre, threshold, offsets, values, indices, d_sae, EACH: tl.constexpr, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
-    missing = tl.load(equal + row)
     out = tl.load(offsets + row)
     for first in range(0, d_sae, BLOCK):
         latent = first + tl.arange(0, BLOCK)
         there = latent < d_sae
         stored = tl.load(pre + row * d_sae + latent, mask=there, other=0)
-        entry = stored.to(tl.float32)
         bound = tl.load(threshold + latent, mask=there, other=0) if EACH else tl.load(threshold)
-        same = (there & (entry == bound)).to(tl.int32)
-        same_before = tl.cumsum(same, axis=0) - same
-        kept = (there & (entry > bound)) | ((same > 0) & (same_before < missing))
-        place = out + tl.cumsum(kept.to(tl.int32), axis=0) - 1
-        tl.store(values + place, stored, mask=kept)
-        tl.store(indices + place, latent, mask=kept)
-        if COUNT:
-            tl.store(rows + place, tl.cast(row, tl.int32), mask=kept)
-            at = tl.atomic_add(count + latent, 1, mask=kept, sem="relaxed")
-            tl.store(rank + place, at, mask=kept)
-        missing -= tl.minimum(missing, tl.sum(same).to(tl.int64))
-        out += tl.sum(kept.to(tl.int32)).to(tl.int64)
+        kept = there & (stored.to(tl.float32) > bound)
+        before = tl.cumsum(kept.to(tl.int32), axis=0)
+        tl.store(values + out + before - 1, stored, mask=kept)
+        tl.store(indices + out + before - 1, latent, mask=kept)
+        out += tl.max(before).to(tl.int64)

@@ -32,6 +32,7 @@ from saekit.errors import ConfigError
 from saekit.kernels import triton_candidates
 from saekit.kernels._choose import require_triton
 from saekit.kernels.auxk import AuxKConfig, AuxKGradients, DeadCount, room_for
+from saekit.kernels.triton_batch_select import batch_topk_into
 from saekit.kernels.triton_decode import (
     HEAVY,
     DecodeConfig,
@@ -47,7 +48,6 @@ from saekit.kernels.triton_decode import (
 )
 from saekit.kernels.triton_select import (
     SelectConfig,
-    batch_topk_into,
     select_candidates,
     select_config,
     topk_select,

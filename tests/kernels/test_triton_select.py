@@ -10,6 +10,7 @@ from saekit.kernels import reference
 
 DEVICE = runpy.run_path(str(Path(__file__).with_name("_interpret.py")))["DEVICE"]
 triton_select = pytest.importorskip("saekit.kernels.triton_select")
+triton_batch_select = pytest.importorskip("saekit.kernels.triton_batch_select")
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -140,7 +141,7 @@ def test_threshold_keeps_what_is_above_it(each: bool, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("n_kept", [0, 17, 5_000])
 def test_batch_topk_matches_the_reference(shape: tuple[int, int], n_kept: int) -> None:
     pre = preactivations("alike", *shape)
-    values, indices, offsets = triton_select.batch_topk_select(pre, n_kept)
+    values, indices, offsets = triton_batch_select.batch_topk_select(pre, n_kept)
     latents, ends = reference.batch_topk(pre, n_kept)
     same((indices.long(), offsets), (latents, ends))
     assert values.equal(pre[reference.rows_of(ends), latents])
@@ -153,12 +154,12 @@ def test_batch_topk_keeps_exactly_so_many_and_of_equal_ones_the_first(
 ) -> None:
     pre = preactivations(kind, 13, 131)
     if kind == "the sample is large":
-        monkeypatch.setattr(triton_select, "_SAMPLE", 100)
+        monkeypatch.setattr(triton_batch_select, "_SAMPLE", 100)
         pre.flatten()[:: 13 * 131 // 100 | 1] += 10
     pre = pre.to(dtype)
     flat = pre.double().flatten()
     for n_kept in (3, 400, 1_500):
-        values, indices, offsets = triton_select.batch_topk_select(pre, n_kept)
+        values, indices, offsets = triton_batch_select.batch_topk_select(pre, n_kept)
         kept = flat.sort(descending=True, stable=True).indices[:n_kept]
         kept = kept[flat[kept] > 0].sort().values
         same(
@@ -182,7 +183,7 @@ def test_topk_of_wide_rows_is_exact(d_sae: int, k: int, dtype: torch.dtype) -> N
 def test_batch_topk_of_a_large_matrix_is_exact() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         pre = torch.randn(2_048, 24_576, device=DEVICE).to(dtype)
-        values, _, offsets = triton_select.batch_topk_select(pre, 65_536)
+        values, _, offsets = triton_batch_select.batch_topk_select(pre, 65_536)
         assert len(values) == offsets[-1] == 65_536
         theirs = pre.float().flatten().topk(65_536).values
         assert values.float().sort(descending=True).values.equal(theirs)

@@ -1,0 +1,373 @@
+"""Choosing which entries a whole batch keeps, in Triton: exact and repeatable, with one reading of
+`pre` as a whole.
+
+That reading finds the largest of each group of neighbouring entries. A sample of `pre` gives a
+bound that somewhat more entries exceed than are kept, and only groups whose largest exceeds it are
+looked into again: by a histogram of their entries' keys (see `triton_select`), which says where to
+cut; then to count, and then to write, what each row keeps. Where the sample misled, a second
+histogram looks into all groups with an entry above 0.
+
+Axes: batch, d_sae (latents), group, kept (entries of all rows, row after row).
+"""
+
+# Triton has no types, and is not on every machine.
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false
+
+from dataclasses import dataclass
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saekit.kernels.triton_select import key_of, keys_of, power_of, row_ends
+
+_GROUP = 32
+_AT_ONCE = 256
+"""Groups whose largest a program finds at a time."""
+_CHUNK = 64
+"""Groups that a program looks into at a time."""
+_BINS = 1 << 15
+_SAMPLE = 1 << 18
+
+
+def batch_topk_select(
+    pre: Float[Tensor, "batch d_sae"], n_kept: int
+) -> tuple[Float[Tensor, " kept"], Int[Tensor, " kept"], Int[Tensor, " offsets"]]:
+    """The n_kept largest entries above 0 of the whole matrix, all where there are fewer: values,
+    latents (int32) and the offsets of the rows (int64). Of equal entries those of the first rows,
+    and in a row of the first latents, are kept. The host waits once, for how many there are."""
+    keys_of(pre)
+    n_kept = min(n_kept, pre.numel())
+    if n_kept <= 0 or pre.numel() == 0:
+        nothing = torch.zeros(len(pre), dtype=torch.int64, device=pre.device)
+        return pre.new_empty(0), pre.new_empty(0, dtype=torch.int32), row_ends(nothing)
+    search = _search(pre, n_kept)
+    offsets = row_ends(search.kept)
+    total = int(offsets[-1])
+    values = pre.new_empty(total)
+    indices = torch.empty(total, dtype=torch.int32, device=pre.device)
+    if total:
+        _fill(pre, search, offsets, values, indices)
+    return values, indices, offsets
+
+
+def batch_topk_into(
+    pre: Float[Tensor, "batch d_sae"],
+    *,
+    values: Float[Tensor, " most"],
+    indices: Int[Tensor, " most"],
+    rows: Int[Tensor, " most"],
+    offsets: Int[Tensor, " offsets"],
+    count: Int[Tensor, " d_sae"],
+    rank: Int[Tensor, " most"],
+) -> None:
+    """As `batch_topk_select` of `most` entries, into memory that is given, and without waiting for
+    the device: where fewer are above 0, places from `offsets[-1]` on are left as they are, but for
+    a rank of -1. `rows` says each entry's row; `count` and `rank` are as for
+    `triton_select.topk_select`."""
+    search = _search(pre, len(values))
+    offsets.copy_(row_ends(search.kept))
+    rank.fill_(-1)
+    _fill(pre, search, offsets, values, indices, rows, count, rank)
+
+
+@dataclass(frozen=True)
+class _Search:
+    """What is known before entries are written."""
+
+    groups: Int[Tensor, "batch group"]
+    """Those that are looked into, row after row."""
+    n_groups: Int[Tensor, " batch"]
+    """How many of them a row has."""
+    cut: Int[Tensor, ""]
+    """Key of the smallest entry that is kept; 0 where all above 0 are."""
+    kept: Int[Tensor, " batch"]
+    """Entries that a row keeps."""
+    equal: Int[Tensor, " batch"]
+    """How many of them have that key."""
+
+
+def _search(pre: Tensor, n_kept: int) -> _Search:
+    (batch, d_sae), device = pre.shape, pre.device
+    keys = keys_of(pre)
+    n_groups = -(-d_sae // _GROUP)
+    largest = keys.new_empty(batch, n_groups)
+    at_once = min(_AT_ONCE, power_of(n_groups))
+    _largest_kernel[(batch,)](keys, largest, d_sae, n_groups, GROUP=_GROUP, AT_ONCE=at_once)
+    small = n_groups < 1 << 15
+    groups = torch.empty(
+        batch, n_groups, dtype=torch.int16 if small else torch.int32, device=device
+    )
+    marked = torch.zeros(batch, dtype=torch.int32, device=device)
+    # Keys have 15 bits that are told apart at once, and in float32 16 more.
+    shift = 0 if pre.dtype.itemsize == 2 else 16
+    bins = torch.zeros(_BINS, dtype=torch.int32, device=device)
+    found = torch.zeros((), dtype=torch.int32, device=device)
+    bound = _sampled_bound(pre, n_kept)
+    # A bound inside a bin would leave part of it uncounted.
+    bound = (bound >> shift << shift).clamp_min(1)
+    looked = (keys, largest, groups, marked, bins, found)
+    options = {
+        "GROUP": _GROUP,
+        "GROUPS_BLOCK": power_of(n_groups),
+        "CHUNK": min(_CHUNK, power_of(n_groups)),
+        "num_warps": 8 if n_groups > 1_024 else 4,
+    }
+    sizes = (n_kept, d_sae, n_groups)
+    for again in (False, True):
+        # The second does nothing where the first has found enough.
+        _histogram_kernel[(batch,)](*looked, bound, *sizes, AGAIN=again, SHIFT=shift, **options)
+    place, above = _from_the_top(bins, n_kept)
+    cut = place.clamp_min(0)
+    if shift:
+        # The rest of the bits, within the bin.
+        fine = torch.zeros(1 << shift, dtype=torch.int32, device=device)
+        inside = {"GROUP": _GROUP, "CHUNK": options["CHUNK"], "SHIFT": shift}
+        _inside_kernel[(batch,)](keys, groups, marked, fine, cut, d_sae, n_groups, **inside)
+        rest, more = _from_the_top(fine, n_kept - above)
+        whole = (cut << shift) + rest.clamp_min(0)
+        cut = torch.where((place < 0) | (rest < 0), 0, whole)
+        above = above + more
+    cut = cut.to(torch.int32)
+    larger = torch.zeros(batch, dtype=torch.int64, device=device)
+    equal = torch.zeros_like(larger)
+    counted = {"GROUP": _GROUP, "CHUNK": options["CHUNK"]}
+    _count_kernel[(batch,)](keys, groups, marked, cut, larger, equal, d_sae, n_groups, **counted)
+    # The equal ones that are kept: as many as are missing, from the first rows on.
+    missing = torch.where(cut > 0, n_kept - above, 0)
+    taken = (missing - (equal.cumsum(0) - equal)).clamp_min(0).minimum(equal)
+    return _Search(groups, marked, cut, larger + taken, taken)
+
+
+def _fill(
+    pre: Tensor,
+    search: _Search,
+    offsets: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    rows: Tensor | None = None,
+    count: Tensor | None = None,
+    rank: Tensor | None = None,
+) -> None:
+    keys = keys_of(pre)
+    batch, n_groups = search.groups.shape
+    _fill_kernel[(batch,)](
+        keys,
+        search.groups,
+        search.n_groups,
+        search.cut,
+        search.equal,
+        offsets,
+        values.view(keys.dtype),
+        indices,
+        rows,
+        count,
+        rank,
+        pre.shape[1],
+        n_groups,
+        GROUP=_GROUP,
+        CHUNK=min(_CHUNK, power_of(n_groups)),
+        COUNT=count is not None,
+    )
+
+
+def _sampled_bound(pre: Tensor, n_kept: int) -> Tensor:
+    """A key that probably more than n_kept entries reach."""
+    flat = pre.flatten()
+    # Odd, so that the sample is not taken from a few columns alone.
+    stride = flat.numel() // _SAMPLE | 1
+    sample = flat[::stride]
+    # Half as many again as wanted, so that a sample rarely gives too high a bound.
+    place = 3 * n_kept // (2 * stride) + 16
+    if place >= len(sample):
+        return torch.ones((), dtype=torch.int32, device=pre.device)
+    bound = sample.float().topk(place, sorted=False).values.min().to(pre.dtype)
+    return keys_of(bound[None]).to(torch.int32)[0].clamp_min(1)
+
+
+def _from_the_top(bins: Tensor, n: int | Tensor) -> tuple[Tensor, Tensor]:
+    """The bin in which the n-th largest lies, -1 where there are fewer, and how many lie above."""
+    reached = bins.flip(0).cumsum(0).flip(0)
+    place = (reached >= n).sum() - 1
+    # By gather: an index of no dimensions would be read by the host.
+    at = place.clamp_min(0)[None]
+    above = (reached.gather(0, at) - bins.gather(0, at))[0]
+    return place.to(torch.int32), torch.where(place < 0, 0, above)
+
+
+@triton.jit
+@no_type_check
+def _largest_kernel(keys, largest, d_sae, n_groups, GROUP: tl.constexpr, AT_ONCE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    within = tl.arange(0, GROUP)
+    for first in range(0, n_groups, AT_ONCE):
+        group = first + tl.arange(0, AT_ONCE)
+        latent = group[:, None] * GROUP + within[None, :]
+        bits = tl.load(keys + row * d_sae + latent, mask=latent < d_sae, other=0)
+        tl.store(largest + row * n_groups + group, tl.max(bits, axis=1), mask=group < n_groups)
+
+
+@triton.jit
+@no_type_check
+def _entries(
+    keys, groups, row, first, n, d_sae, n_groups, GROUP: tl.constexpr, CHUNK: tl.constexpr
+):
+    # The keys of the next groups of a row, in order, and their latents; -1 where there is none.
+    at = first + tl.arange(0, CHUNK)
+    group = tl.load(groups + row * n_groups + at, mask=at < n, other=0).to(tl.int32)
+    latent = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    there = (at < n)[:, None] & (latent < d_sae)
+    bits = tl.load(keys + row * d_sae + latent, mask=there, other=0)
+    key = tl.where(there, key_of(bits), -1)
+    return tl.reshape(key, [CHUNK * GROUP]), tl.reshape(latent, [CHUNK * GROUP])
+
+
+@triton.jit
+@no_type_check
+def _histogram_kernel(
+    keys,
+    largest,
+    groups,
+    marked,
+    bins,
+    found,
+    bound,
+    n_kept,
+    d_sae,
+    n_groups,
+    AGAIN: tl.constexpr,
+    SHIFT: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS_BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    # Marks the groups with a key from the bound on, and counts such keys by their bits above SHIFT.
+    # AGAIN: where too few were found, marks all with a key above 0 and counts those below.
+    row = tl.program_id(0).to(tl.int64)
+    least = tl.load(bound)
+    most = 0x7F800001
+    go = True
+    if AGAIN:
+        go = tl.load(found) < n_kept
+        most = least - 1
+        least = 1
+    if go:
+        group = tl.arange(0, GROUPS_BLOCK)
+        there = group < n_groups
+        top = tl.load(largest + row * n_groups + group, mask=there, other=0)
+        mark = there & (key_of(top) >= least)
+        before = tl.cumsum(mark.to(tl.int32), axis=0)
+        place = groups + row * n_groups + before - 1
+        tl.store(place, group.to(groups.dtype.element_ty), mask=mark)
+        n = tl.max(before)
+        tl.store(marked + row, n)
+        # Others wrote what is read now.
+        tl.debug_barrier()
+        total = tl.zeros([CHUNK * GROUP], tl.int32)
+        for first in range(0, n, CHUNK):
+            key, _ = _entries(keys, groups, row, first, n, d_sae, n_groups, GROUP, CHUNK)
+            counted = (key >= least) & (key <= most)
+            tl.atomic_add(bins + (key >> SHIFT), 1, mask=counted, sem="relaxed")
+            total += counted.to(tl.int32)
+        if not AGAIN:
+            tl.atomic_add(found, tl.sum(total), sem="relaxed")
+
+
+@triton.jit
+@no_type_check
+def _inside_kernel(
+    keys,
+    groups,
+    marked,
+    bins,
+    begins,
+    d_sae,
+    n_groups,
+    SHIFT: tl.constexpr,
+    GROUP: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    # Counts the keys that begin with the given bits by the rest of them.
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.load(marked + row)
+    prefix = tl.load(begins)
+    for first in range(0, n, CHUNK):
+        key, _ = _entries(keys, groups, row, first, n, d_sae, n_groups, GROUP, CHUNK)
+        counted = (key > 0) & (key >> SHIFT == prefix)
+        tl.atomic_add(bins + (key & ((1 << SHIFT) - 1)), 1, mask=counted, sem="relaxed")
+
+
+@triton.jit
+@no_type_check
+def _count_kernel(
+    keys,
+    groups,
+    marked,
+    cut,
+    larger,
+    equal,
+    d_sae,
+    n_groups,
+    GROUP: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.load(marked + row)
+    bound = tl.load(cut)
+    n_larger = tl.zeros([CHUNK * GROUP], tl.int32)
+    n_equal = tl.zeros([CHUNK * GROUP], tl.int32)
+    for first in range(0, n, CHUNK):
+        key, _ = _entries(keys, groups, row, first, n, d_sae, n_groups, GROUP, CHUNK)
+        n_larger += (key > bound).to(tl.int32)
+        n_equal += (key == bound).to(tl.int32)
+    tl.store(larger + row, tl.sum(n_larger).to(tl.int64))
+    tl.store(equal + row, tl.sum(n_equal).to(tl.int64))
+
+
+@triton.jit
+@no_type_check
+def _fill_kernel(
+    keys,
+    groups,
+    marked,
+    cut,
+    equal,
+    offsets,
+    values,
+    indices,
+    rows,
+    count,
+    rank,
+    d_sae,
+    n_groups,
+    GROUP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.load(marked + row)
+    bound = tl.load(cut)
+    missing = tl.load(equal + row).to(tl.int32)
+    out = tl.load(offsets + row)
+    for first in range(0, n, CHUNK):
+        key, latent = _entries(keys, groups, row, first, n, d_sae, n_groups, GROUP, CHUNK)
+        larger = (key > bound).to(tl.int32)
+        same = (key == bound).to(tl.int32)
+        # Both counts in one: so many entries at most that neither runs over.
+        before = tl.cumsum((larger << 16) + same, axis=0)
+        same_before = (before & 0xFFFF) - same
+        kept = (larger > 0) | ((same > 0) & (same_before < missing))
+        place = out + (before >> 16) - larger + tl.minimum(same_before, missing)
+        tl.store(indices + place, latent, mask=kept)
+        tl.store(values + place, key.to(values.dtype.element_ty), mask=kept)
+        if COUNT:
+            tl.store(rows + place, tl.zeros_like(latent) + row.to(tl.int32), mask=kept)
+            at = tl.atomic_add(count + latent, 1, mask=kept, sem="relaxed")
+            tl.store(rank + place, at, mask=kept)
+        last = tl.max(before)
+        taken = tl.minimum(missing, tl.sum(same))
+        out += (last >> 16) + taken
+        missing -= taken
