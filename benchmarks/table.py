@@ -403,6 +403,50 @@ def most_latents(results: dict[str, list[Line]]) -> str:
     return _on(lines) + markdown(columns, rows)
 
 
+LAST = 0.25
+"""Share of a run, its end, over which losses are compared."""
+
+
+def equivalence(results: dict[str, list[Line]]) -> str:
+    """By how much a run's loss at last is above that of the eager run of its seed."""
+    of = ("data", "kind", "d_in", "d_sae", "k", "batch_size", "steps")
+    lines = newest(results.get("equivalence", []), *of, "variant", "seed")
+    base = {
+        (*(line[field] for field in of), line["seed"]): _ending(line)
+        for line in lines
+        if line["variant"] == "eager, float32"
+    }
+    groups: dict[tuple[Any, ...], list[tuple[float, Line]]] = {}
+    for line in lines:
+        case = tuple(line[field] for field in of)
+        against = base.get((*case, line["seed"]))
+        if against is not None and line["variant"] != "eager, float32":
+            off = 100 * (_ending(line) / against - 1)
+            groups.setdefault((*case, line["variant"]), []).append((off, line))
+    rows = []
+    for (data, kind, d_in, d_sae, k, batch, steps, variant), found in groups.items():
+        offs = [off for off, _ in found]
+        dead = statistics.mean(line["dead"] for _, line in found)
+        rows.append(
+            (
+                f"{data}, {kind}",
+                f"{d_in}, {d_sae:,}, {k}, {batch:,}",
+                f"{steps:,}",
+                variant,
+                str(len(offs)),
+                f"{statistics.mean(offs):+.3f} ({min(offs):+.3f} to {max(offs):+.3f})",
+                f"{100 * dead:.2f}",
+            )
+        )
+    columns = ("on", "d_in, latents, k, batch", "steps", "run", "seeds", "loss off by %", "dead %")
+    return markdown(columns, rows)
+
+
+def _ending(line: Line) -> float:
+    losses: list[float] = line["loss"]
+    return statistics.mean(losses[-max(1, round(LAST * len(losses))) :])
+
+
 KERNELS = "../saekit/kernels/README.md"
 PAGES: dict[str, dict[str, Callable[[dict[str, list[Line]]], str]]] = {
     "peers.md": {"harvest": harvest, "text to disk": text_to_disk, "reader": reader},
@@ -428,7 +472,12 @@ PAGES: dict[str, dict[str, Callable[[dict[str, list[Line]]], str]]] = {
         "step": step,
         "together": together,
     },
-    KERNELS: {"step": fused_step, "growth": growth, "largest": most_latents},
+    KERNELS: {
+        "step": fused_step,
+        "growth": growth,
+        "largest": most_latents,
+        "equivalence": equivalence,
+    },
 }
 
 

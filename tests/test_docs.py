@@ -83,6 +83,19 @@ def test_of_a_step_the_newest_line_counts_and_failures_are_shown(tables: ModuleT
     assert "| 16 | 1.5 | out of memory |" in tables.most_latents(results)
 
 
+def test_a_run_is_compared_with_the_eager_one_of_its_seed(tables: ModuleType) -> None:
+    case = {"data": "demo", "kind": "topk", "d_in": 8, "d_sae": 16, "k": 2, "batch_size": 4}
+    case |= {"steps": 80, "dead": 0.5}
+    lines = [
+        case | {"variant": variant, "seed": seed, "loss": [9.0] * 6 + [base * (1 + off)] * 2}
+        for seed, base in ((0, 1.0), (1, 2.0))
+        for variant, off in (("eager, float32", 0), ("fused, bfloat16", 0.01 * (seed + 1)))
+    ]
+    table = tables.equivalence({"equivalence": lines})
+    assert "| 80 | fused, bfloat16 | 2 | +1.500 (+1.000 to +2.000) | 50.00 |" in table
+    assert table.count("\n") == 3
+
+
 def test_every_variable_that_is_read_stands_in_the_readme() -> None:
     sources = [path for name in FOLDERS for path in (ROOT / name).rglob("*.py")]
     read = {name for path in sources for name in re.findall(r'"(SAEKIT_\w+)"', path.read_text())}
