@@ -60,8 +60,8 @@ class JumpReLUConfig(PenalisedConfig):
     mean square of a coordinate of x about its mean."""
 
     threshold_init: float = 0.3
-    """What thresholds start as, in the same units. At 1 half of the latents of a residual stream
-    died (docs/kinds.md)."""
+    """What thresholds start as, in the same units. At 1 one in seven latents of a residual
+    stream died, AuxK notwithstanding (docs/kinds.md)."""
 
     threshold_lr: float = 10.0
     """How many times as fast as the other weights thresholds learn, in the same units."""
