@@ -328,97 +328,182 @@ def diagnose(
 ) -> Diagnosis:
     """From the tensors of a `LifeHistory` and the decoder at its end; without a decoder no latent
     is called a duplicate."""
-    step, tokens = life["step"], life["rows"].cumsum(0)
-    fired = life["fired"] > 0
-    n = len(step)
-    record = torch.arange(n)[:, None]
-    # Up to each record: where it last fired and was last replanted, and after how many tokens.
-    last = torch.where(fired, record, -1).cummax(0).values
-    planted = torch.where(life["replanted"], record, -1).cummax(0).values
-    heard = torch.where(fired, tokens[:, None] - life["since"], 0).cummax(0).values
-    dead = tokens[:, None] - heard >= dead_after
-    ever = last[-1] >= 0
-
-    anew = planted[1:] > last[:-1]
-    came_back = fired[1:] & (dead[:-1] | anew)
-    died = dead[1:] & ~dead[:-1]
-    windows = tuple(
-        Window(
-            step=int(step[i + 1]),
-            alive=int((~dead[i + 1]).sum()),
-            dead=int(dead[i + 1].sum()),
-            died=int(died[i].sum()),
-            revived=int(came_back[i].sum()),
-            replanted=int(life["replanted"][i + 1].sum()),
-        )
-        for i in range(n - 1)
-    )
-    nursed = policy if policy in ("auxk", "ghost") else BY_ITSELF
-    revivals = {
-        nursed: (came_back & ~anew).any(0),
-        "resample": (came_back & anew).any(0),
-    }
-
-    state = torch.full_like(last[-1], ALIVE)
-    silent = tokens[-1] - heard[-1]
-    missing = life["fired"].sum(0) / heard[-1].clamp_min(1) * silent
-    state[(silent >= life["rows"][-1]) & (missing >= MISSED)] = DYING
-    state[dead[-1]] = DEAD
-    state[~ever] = NEVER
-
-    living = state == ALIVE
-    base = planted[-1].clamp_min(0)
-    at = torch.maximum(last[-1] - 1, base)
+    past = _Past.of(life, dead_after)
+    state = _states(past)
+    living, ill = state == ALIVE, state >= DEAD
     figures = _figures(life, living)
-    start, before, after = (
-        {name: table.gather(0, when[None])[0] for name, table in figures.items()}
-        for when in (base, at, torch.full_like(base, n - 1))
-    )
-
-    mean = figures["mean"]
-    sunk = start["mean"] - after["mean"]
-    until = torch.where(last[-1] > base, last[-1] + 1, n)
-    falls = mean[:-1] - mean[1:]
-    falls = falls.masked_fill((record[1:] <= base) | (record[1:] > until), -torch.inf)
-    fall, worst = falls.max(0)
-    fall = fall.clamp_min(0)
-    ill = state >= DEAD
+    start = _at(figures, past.base)
+    after = {name: table[-1] for name, table in figures.items()}
+    fall, fall_step = _worst_fall(figures["mean"], past)
     twin, cosine = _twins(W_dec, ill, living)
-    usual = sunk[living].median().clamp_min(0) if living.any() else sunk.new_zeros(())
-    # What could not have fired at the start did not die of a fall, however far it moved since.
-    fell = (start["top"] > 0) & (sunk >= FALL)
-    # What began short and did not learn has not shrunk.
-    short = {
-        side: (after[side] < SHRUNKEN) & (after[side] < figures[side][0].median() / 2)
-        for side in ("encoder norm", "decoder norm")
-    }
-    needs = {
-        "just replanted": (planted[-1] > last[-1]) & (life["since"][-1] < dead_after),
-        "weights shrank": short["encoder norm"] | short["decoder norm"],
+    holds = {
+        "just replanted": past.fresh,
+        "weights shrank": _shrunken(figures),
         "duplicate": cosine > TWIN,
-        "thrown out": fell & (fall >= SUDDEN * sunk) & (n > WINDOWS),
-        "pushed away": fell & ((sunk - usual >= FALL) | (after["top"] <= 0)),
+        **_pushed(start, after, fall, living, len(past.step)),
         "just below": after["margin"] >= -NEAR,
         "below zero": after["top"] <= 0,
         "crowded out": torch.ones_like(ill),
     }
-    cause = torch.full_like(state, -1)
-    for i, named in reversed(list(enumerate(CAUSES))):
-        cause[needs[named.name] & ill] = i
     return Diagnosis(
-        windows=windows,
+        windows=_windows(past),
         state=state,
-        cause=cause,
-        last_fired=heard[-1] * step[-1] // tokens[-1],
-        revivals=revivals,
+        cause=_first(holds, ill),
+        last_fired=past.heard[-1] * past.step[-1] // past.tokens[-1],
+        revivals=_revivals(past, policy),
         start=start,
-        before=before,
+        before=_at(figures, torch.maximum(past.last[-1] - 1, past.base)),
         after=after,
         fall=fall,
-        fall_step=step[1:][worst],
+        fall_step=fall_step,
         twin=twin,
         cosine=cosine,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Past:
+    """When each latent fired, was silent, and was replanted."""
+
+    step: Int[Tensor, " record"]
+    rows: Int[Tensor, " record"]
+    tokens: Int[Tensor, " record"]
+    """Seen up to each record."""
+    fired: Int[Tensor, "record latent"]
+    """Rows of each record on which it fired."""
+    replanted: Bool[Tensor, "record latent"]
+    last: Int[Tensor, "record latent"]
+    """Up to each record: the one in which it last fired, -1 for none yet."""
+    planted: Int[Tensor, "record latent"]
+    """The one in which it was last replanted, -1 for none yet."""
+    heard: Int[Tensor, "record latent"]
+    """After how many tokens it last fired, 0 for not yet."""
+    dead: Bool[Tensor, "record latent"]
+    fresh: Bool[Tensor, " latent"]
+    """Replanted less than dead_after tokens before the end, and silent since."""
+
+    @classmethod
+    def of(cls, life: Mapping[str, Tensor], dead_after: int) -> "_Past":
+        tokens, fired = life["rows"].cumsum(0), life["fired"] > 0
+        record = torch.arange(len(tokens))[:, None]
+        last = torch.where(fired, record, -1).cummax(0).values
+        planted = torch.where(life["replanted"], record, -1).cummax(0).values
+        heard = torch.where(fired, tokens[:, None] - life["since"], 0).cummax(0).values
+        return cls(
+            step=life["step"],
+            rows=life["rows"],
+            tokens=tokens,
+            fired=life["fired"],
+            replanted=life["replanted"],
+            last=last,
+            planted=planted,
+            heard=heard,
+            dead=tokens[:, None] - heard >= dead_after,
+            fresh=(planted[-1] > last[-1]) & (life["since"][-1] < dead_after),
+        )
+
+    @property
+    def base(self) -> Int[Tensor, " latent"]:
+        """The record at which its weights were new."""
+        return self.planted[-1].clamp_min(0)
+
+    @property
+    def anew(self) -> Bool[Tensor, "window latent"]:
+        """Whether by the end of each window it was replanted since it had fired before that."""
+        return self.planted[1:] > self.last[:-1]
+
+    @property
+    def came_back(self) -> Bool[Tensor, "window latent"]:
+        """Whether it was dead or replanted before each window, and fired in it."""
+        return (self.fired[1:] > 0) & (self.dead[:-1] | self.anew)
+
+
+def _windows(past: _Past) -> tuple[Window, ...]:
+    dead, came_back = past.dead, past.came_back
+    return tuple(
+        Window(
+            step=int(past.step[i]),
+            alive=int((~dead[i]).sum()),
+            dead=int(dead[i].sum()),
+            died=int((dead[i] & ~dead[i - 1]).sum()),
+            revived=int(came_back[i - 1].sum()),
+            replanted=int(past.replanted[i].sum()),
+        )
+        for i in range(1, len(past.step))
+    )
+
+
+def _revivals(past: _Past, policy: str | None) -> dict[str, Bool[Tensor, " latent"]]:
+    nursed = policy if policy in ("auxk", "ghost") else BY_ITSELF
+    came_back, anew = past.came_back, past.anew
+    return {nursed: (came_back & ~anew).any(0), "resample": (came_back & anew).any(0)}
+
+
+def _states(past: _Past) -> Int[Tensor, " latent"]:
+    """See STATES."""
+    silent = past.tokens[-1] - past.heard[-1]
+    missing = past.fired.sum(0) / past.heard[-1].clamp_min(1) * silent
+    state = torch.full_like(past.last[-1], ALIVE)
+    state[(silent >= past.rows[-1]) & (missing >= MISSED)] = DYING
+    state[past.dead[-1]] = DEAD
+    state[past.last[-1] < 0] = NEVER
+    return state
+
+
+def _worst_fall(
+    mean: Float[Tensor, "record latent"], past: _Past
+) -> tuple[Float[Tensor, " latent"], Int[Tensor, " latent"]]:
+    """Spreads by which each mean sank in its worst window, and the step at which that ended; only
+    windows between new weights and the last firing count."""
+    n, last, base = len(mean), past.last[-1], past.base
+    record = torch.arange(1, n)[:, None]
+    until = torch.where(last > base, last + 1, n)
+    falls = (mean[:-1] - mean[1:]).masked_fill((record <= base) | (record > until), -torch.inf)
+    fall, worst = falls.max(0)
+    return fall.clamp_min(0), past.step[1:][worst]
+
+
+def _shrunken(figures: Mapping[str, Float[Tensor, "record latent"]]) -> Bool[Tensor, " latent"]:
+    """What began short and did not learn has not shrunk."""
+    norms = [figures[f"{side}oder norm"] for side in ("enc", "dec")]
+    enc, dec = ((norm[-1] < SHRUNKEN) & (norm[-1] < norm[0].median() / 2) for norm in norms)
+    return enc | dec
+
+
+def _pushed(
+    start: Mapping[str, Float[Tensor, " latent"]],
+    after: Mapping[str, Float[Tensor, " latent"]],
+    fall: Float[Tensor, " latent"],
+    living: Bool[Tensor, " latent"],
+    n_records: int,
+) -> dict[str, Bool[Tensor, " latent"]]:
+    """Of which latents the rules of the two causes are true that a sinking mean has: "thrown out"
+    within a window, "pushed away" little by little."""
+    sunk = start["mean"] - after["mean"]
+    usual = sunk[living].median().clamp_min(0) if living.any() else sunk.new_zeros(())
+    # What could not have fired at the start did not die of a fall, however far it moved since.
+    fell = (start["top"] > 0) & (sunk >= FALL)
+    return {
+        "thrown out": fell & (fall >= SUDDEN * sunk) & (n_records > WINDOWS),
+        "pushed away": fell & ((sunk - usual >= FALL) | (after["top"] <= 0)),
+    }
+
+
+def _first(
+    holds: Mapping[str, Bool[Tensor, " latent"]], ill: Bool[Tensor, " latent"]
+) -> Int[Tensor, " latent"]:
+    """The first of CAUSES whose rule holds, of the ill; -1 of the others."""
+    cause = torch.full(ill.shape, -1)
+    for i, named in reversed(list(enumerate(CAUSES))):
+        cause[holds[named.name] & ill] = i
+    return cause
+
+
+def _at(
+    figures: Mapping[str, Float[Tensor, "record latent"]], record: Int[Tensor, " latent"]
+) -> dict[str, Float[Tensor, " latent"]]:
+    """What each latent has at a record of its own."""
+    return {name: table.gather(0, record[None])[0] for name, table in figures.items()}
 
 
 def _figures(

@@ -123,19 +123,13 @@ def fused_step(
     """Fused steps for a trainer that keeps the k largest latents of each row; or, with `threshold`,
     which takes in the smallest entry kept, k times as many of a batch as it has rows. None, and the
     reason in the log, where it takes those of the eager path."""
-    reason = _obstacle(trainer, device)
-    log.info("steps on %s: %s", device, f"eager ({reason})" if reason else "fused (Triton)")
-    return None if reason else FusedStep(trainer, optimiser, k, device, threshold)
-
-
-def _obstacle(trainer: Autoencoder, device: str) -> str:
-    """Why a trainer cannot take fused steps; empty where it can."""
-    cfg = trainer.cfg
     choice = kernels.choose(torch.device(device), torch.float32, trainer.d_in)
     if choice.backend != "triton":
-        return f"kernels are {choice.backend}: {choice.why}"
+        return None  # which `choose` has logged, and why
+    cfg, reason = trainer.cfg, ""
     if cfg.freeze != "none":
-        return f"freeze='{cfg.freeze}'"
-    if cfg.revive == "ghost":
-        return "revive='ghost'"
-    return ""
+        reason = f"freeze='{cfg.freeze}'"
+    elif cfg.revive == "ghost":
+        reason = "revive='ghost'"
+    log.info("steps on %s: %s", device, f"eager ({reason})" if reason else "fused (Triton)")
+    return None if reason else FusedStep(trainer, optimiser, k, device, threshold)

@@ -231,3 +231,18 @@ class Penalised(Autoencoder):
 
     def metrics(self) -> dict[str, float]:
         return {self.COEFFICIENT: float(self.coefficient.value), **super().metrics()}
+
+
+def check_l1(coefficient: float) -> None:
+    if coefficient < 0:
+        raise ConfigError(f"l1_coef={coefficient:g} may not be negative: it weighs a penalty")
+
+
+class L1Penalised(Penalised):
+    """One whose penalty is the sum of what the latents, or their gates, are."""
+
+    COEFFICIENT = "l1_coef"
+
+    def guess(self, target_l0: float) -> float:
+        # A latent of this size on each token would make up all of the variance.
+        return float((self.variance / target_l0).sqrt())

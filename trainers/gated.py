@@ -21,11 +21,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from saekit.errors import ConfigError
 from saekit.sae import SAE, JumpReLU
 from saekit.trainers._autoencoder import forget
 from saekit.trainers._base import Batch
-from saekit.trainers._sparsity import Penalised, PenalisedConfig
+from saekit.trainers._sparsity import L1Penalised, PenalisedConfig, check_l1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,25 +37,19 @@ class GatedConfig(PenalisedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.l1_coef < 0:
-            raise ConfigError(f"l1_coef={self.l1_coef:g} may not be negative: it weighs a penalty")
+        check_l1(self.l1_coef)
 
 
-class GatedTrainer(Penalised):
+class GatedTrainer(L1Penalised):
     """See the module."""
 
     Config = GatedConfig
-    COEFFICIENT = "l1_coef"
     cfg: GatedConfig
 
     def __init__(self, cfg: GatedConfig, d_in: int) -> None:
         super().__init__(cfg, d_in)
         self.r_mag = nn.Parameter(torch.zeros(cfg.d_sae))
         self.b_mag = nn.Parameter(torch.zeros(cfg.d_sae))
-
-    def guess(self, target_l0: float) -> float:
-        # A latent of this size on each token would make up all of the variance.
-        return float((self.variance / target_l0).sqrt())
 
     def losses(self, batch: Batch) -> dict[str, Float[Tensor, ""]]:
         centred = batch.x - self.b_dec

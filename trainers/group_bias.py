@@ -34,17 +34,9 @@ from saekit import kernels
 from saekit.config import TrainConfig
 from saekit.errors import ConfigError
 from saekit.sae import SAE, JumpReLU
-from saekit.trainers._base import (
-    Batch,
-    Centre,
-    Trainer,
-    centre,
-    keep_near,
-    normalise_rows,
-    project_out_rows,
-    unit_rows,
-)
+from saekit.trainers._base import Batch, Centre, centre
 from saekit.trainers._sparsity import DENSE_ABOVE, Kept, above
+from saekit.trainers._tied import Tied
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,11 +106,10 @@ class GroupBiasConfig(TrainConfig):
             )
 
 
-class GroupBiasTrainer(Trainer):
+class GroupBiasTrainer(Tied):
     """See the module."""
 
     Config = GroupBiasConfig
-    FREEZES = {"decoder": ("W_dec",)}
     cfg: GroupBiasConfig
     bias: Tensor
     seen: Tensor
@@ -134,8 +125,6 @@ class GroupBiasTrainer(Trainer):
 
     def __init__(self, cfg: GroupBiasConfig, d_in: int) -> None:
         super().__init__(cfg, d_in)
-        self.W_dec = nn.Parameter(unit_rows(cfg.d_sae, d_in))
-        self.b_dec = nn.Parameter(torch.zeros(d_in))
         self.scale = nn.Parameter(torch.ones(cfg.d_sae)) if cfg.scale == "learned" else None
         self.register_buffer("bias", torch.full((cfg.d_sae,), cfg.bias_init))
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
@@ -146,8 +135,6 @@ class GroupBiasTrainer(Trainer):
         self.register_buffer("group", group, persistent=False)
         self.register_buffer("cap", caps[group], persistent=False)
         self.register_buffer("density", torch.ones(()))
-        if cfg.soft_cosine is not None:
-            self.register_buffer("anchor", self.W_dec.detach().clone())
 
     @torch.no_grad()
     def initialise(self, sample: Float[Tensor, "row d_in"]) -> None:
@@ -204,16 +191,8 @@ class GroupBiasTrainer(Trainer):
         self.often.zero_()
         self.peak.zero_()
 
-    def before_step(self) -> None:
-        if self.W_dec.grad is not None:
-            project_out_rows(self.W_dec.grad, self.W_dec)
-
     def after_step(self) -> None:
-        if self.cfg.soft_cosine is not None:
-            assert isinstance(self.anchor, Tensor)
-            keep_near(self.W_dec, self.anchor, self.cfg.soft_cosine)
-        if self.W_dec.requires_grad:
-            normalise_rows(self.W_dec)
+        super().after_step()
         # `step` still counts the steps before this one.
         if (self.step + 1) % max(1, round(self.cfg.adapt_every / self.cfg.batch_size)) == 0:
             self.adapt()

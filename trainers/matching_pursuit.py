@@ -31,23 +31,15 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from saekit import kernels
 from saekit.config import TrainConfig
 from saekit.errors import ConfigError
 from saekit.sae import SAE, MatchingPursuit
 from saekit.trainers._autoencoder import forget
-from saekit.trainers._base import (
-    Batch,
-    Centre,
-    Trainer,
-    centre,
-    keep_near,
-    normalise_rows,
-    project_out_rows,
-    unit_rows,
-)
+from saekit.trainers._base import Batch, Centre, centre, normalise_rows
+from saekit.trainers._tied import Tied
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,23 +80,18 @@ class MatchingPursuitConfig(TrainConfig):
             )
 
 
-class MatchingPursuitTrainer(Trainer):
+class MatchingPursuitTrainer(Tied):
     """See the module."""
 
     Config = MatchingPursuitConfig
-    FREEZES = {"decoder": ("W_dec",)}
     cfg: MatchingPursuitConfig
     l0: Tensor
     """Latents that fire a token, on the mean over the last batch."""
 
     def __init__(self, cfg: MatchingPursuitConfig, d_in: int) -> None:
         super().__init__(cfg, d_in)
-        rows = unit_rows(cfg.d_sae, d_in)
-        self.W_dec = nn.Parameter(rows)
-        self.b_dec = nn.Parameter(torch.zeros(d_in), requires_grad=cfg.learn_b_dec)
+        self.b_dec.requires_grad_(cfg.learn_b_dec)
         self.register_buffer("l0", torch.zeros(()), persistent=False)
-        if cfg.soft_cosine is not None:
-            self.register_buffer("anchor", rows.clone())
 
     @torch.no_grad()
     def initialise(self, sample: Float[Tensor, "row d_in"]) -> None:
@@ -123,17 +110,6 @@ class MatchingPursuitTrainer(Trainer):
         self.dead.saw(values, indices, len(batch.x))
         self.l0 = (values != 0).sum() / len(batch.x)
         return {"mse": rest.square().sum(1).mean()}
-
-    def before_step(self) -> None:
-        if self.W_dec.grad is not None:
-            project_out_rows(self.W_dec.grad, self.W_dec)
-
-    def after_step(self) -> None:
-        if self.cfg.soft_cosine is not None:
-            assert isinstance(self.anchor, Tensor)
-            keep_near(self.W_dec, self.anchor, self.cfg.soft_cosine)
-        if self.W_dec.requires_grad:
-            normalise_rows(self.W_dec)
 
     @torch.no_grad()
     def replant(

@@ -28,10 +28,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saekit.errors import ConfigError
 from saekit.sae import SAE, ReLU
 from saekit.trainers._base import Batch
-from saekit.trainers._sparsity import Penalised, PenalisedConfig
+from saekit.trainers._sparsity import L1Penalised, PenalisedConfig, check_l1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +50,13 @@ class ReLUConfig(PenalisedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.l1_coef < 0:
-            raise ConfigError(f"l1_coef={self.l1_coef:g} may not be negative: it weighs a penalty")
+        check_l1(self.l1_coef)
 
 
-class ReLUTrainer(Penalised):
+class ReLUTrainer(L1Penalised):
     """See the module."""
 
     Config = ReLUConfig
-    COEFFICIENT = "l1_coef"
     cfg: ReLUConfig
 
     def __init__(self, cfg: ReLUConfig, d_in: int) -> None:
@@ -75,10 +72,6 @@ class ReLUTrainer(Penalised):
         super().initialise(sample)
         if not self.UNIT_ROWS:
             self.b_enc.copy_(-self.b_dec @ self.W_enc)
-
-    def guess(self, target_l0: float) -> float:
-        # A latent of this size on each token would make up all of the variance.
-        return float((self.variance / target_l0).sqrt())
 
     def losses(self, batch: Batch) -> dict[str, Float[Tensor, ""]]:
         x = batch.x - self.b_dec if self.UNIT_ROWS else batch.x
