@@ -15,7 +15,8 @@ from saekit.trainers._threshold import RunningMean
 log = logging.getLogger(__name__)
 
 WORTH_TUNING = 5_000
-"""Steps from which on a run looks for the best configuration of a shape that is new to the GPU."""
+"""Steps from which on a run takes the best configuration of its shape, and looks for it where the
+shape is new to the GPU."""
 
 
 class FusedStep(Step):
@@ -50,9 +51,10 @@ class FusedStep(Step):
         # Resampling reads and writes the parameters between steps.
         split = precision == "bfloat16" and cfg.revive != "resample"
         shape = trainer.W_dec.device, trainer.d_in, cfg.d_sae, k
-        config = tuned(*shape)
-        if config is None and cfg.n_steps >= WORTH_TUNING and shape[0].type == "cuda":
-            config = tune(*shape, cfg.batch_size, split)
+        config = None
+        if cfg.n_steps >= WORTH_TUNING and shape[0].type == "cuda":
+            # Not so in shorter runs, which would else end in other bits once another has tuned.
+            config = tuned(*shape) or tune(*shape, cfg.batch_size, split)
         candidates = None
         wide = trainer.d_in >= triton_candidates.LEAST_WIDTH
         served = wide and triton_candidates.served(trainer.W_dec.device, trainer.d_in)

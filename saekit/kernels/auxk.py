@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 EVERY = 8
-"""Steps between two times that the device is asked how many latents could die soon."""
+"""Steps between two times that the device is asked how many latents could die soon, at most."""
 _LEAST_ROOM = 256
 _AT_ONCE = 1 << 26
 """Pre-activations of dead latents held at a time."""
@@ -39,12 +39,14 @@ class DeadCount:
     """How many latents may be dead in the next step, without waiting for the device: those that
     will be if they do not fire until its answer is replaced.
 
-    An answer serves from `EVERY` steps after the question, when it has long come, for as many
+    An answer serves from `every` steps after the question, when it has long come, for as many
     steps. So what is computed with depends on the steps taken since `forget` alone.
     """
 
     def __init__(self, since: Int[Tensor, " d_sae"], after: int, batch_size: int) -> None:
-        self._since, self._least = since, after - 2 * EVERY * batch_size
+        # Over half of the tokens that a latent may be silent for, or almost all would count.
+        self.every = max(1, min(EVERY, after // (4 * batch_size)))
+        self._since, self._least = since, after - 2 * self.every * batch_size
         on_gpu = since.device.type == "cuda"
         self._answer = torch.zeros((), dtype=torch.int64, pin_memory=on_gpu)
         self._answered = torch.cuda.Event() if on_gpu else None
@@ -58,7 +60,7 @@ class DeadCount:
         """To be called once before each step."""
         if self._step == 0:
             self._ask()
-        if self._step % EVERY == 0:
+        if self._step % self.every == 0:
             if self._answered is not None:
                 self._answered.synchronize()
             self._bound = int(self._answer)

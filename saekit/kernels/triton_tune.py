@@ -39,8 +39,22 @@ def tune(
     device: torch.device, d_in: int, d_sae: int, k: int, batch_size: int, split_master: bool
 ) -> StepConfig:
     """Try the candidates on random data, keep the best and return it. Takes half a minute or so,
-    most of it for compiling, and as much memory as the step."""
+    most of it for compiling, and as much memory as the step; where that is not free, the usual
+    configuration is returned, and kept."""
     log.info("looking for the best way to take steps of this shape on this GPU, once")
+    best = step_config(d_in, d_sae, k)
+    try:
+        best = _best(device, d_in, d_sae, k, batch_size, split_master)
+    except torch.OutOfMemoryError:
+        log.warning("there is no memory to try other ways to take steps in")
+    memory.remember(device, _name(d_in, d_sae, k), asdict(best))
+    log.info("found: %s", best)
+    return best
+
+
+def _best(
+    device: torch.device, d_in: int, d_sae: int, k: int, batch_size: int, split_master: bool
+) -> StepConfig:
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -67,6 +81,8 @@ def tune(
             state = step.state
             step(x)
             took = {part: _milliseconds(call) for part, call in step.parts(x).items()}
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             # More registers or shared memory than this GPU has.
             log.info("%s cannot run here: %s", candidate, error)
@@ -75,8 +91,6 @@ def tune(
             if milliseconds < least.get(part, float("inf")):
                 least[part] = milliseconds
                 best = replace(best, **{part: getattr(candidate, part)})
-    memory.remember(device, _name(d_in, d_sae, k), asdict(best))
-    log.info("found: %s", best)
     return best
 
 

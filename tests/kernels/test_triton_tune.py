@@ -23,6 +23,23 @@ def test_what_was_found_for_a_shape_is_used_for_that_shape_alone(
     assert triton_tune.tuned(torch.device("cpu"), 768, 24_576, 32) is None
 
 
+def test_without_memory_the_usual_configuration_is_kept(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = {}
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(triton_tune, "_best", full)
+    monkeypatch.setattr(memory, "remember", lambda _, what, found: kept.update({what: found}))
+    usual = triton_tune.step_config(768, 24_576, 32)
+    gpu = torch.device("cuda", 0)
+    assert triton_tune.tune(gpu, 768, 24_576, 32, 8_192, True) == usual
+    assert list(kept.values()) == [asdict(usual)]
+    assert "no memory" in caplog.text
+
+
 @pytest.mark.gpu
 def test_the_quickest_candidates_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
