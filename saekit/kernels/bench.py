@@ -631,7 +631,7 @@ def _sorted(indices: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
 
 
 def _index(setting: Setting, code: _Code) -> tuple[Any, Callable[[], None]]:
-    from saekit.kernels.triton_decode import LatentIndex
+    from saekit.kernels.triton_index import LatentIndex
 
     rows, k = code.indices.shape
     index = LatentIndex(

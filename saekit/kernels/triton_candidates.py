@@ -20,7 +20,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saekit.kernels.triton_decode import power
+from saekit.kernels.triton_index import power
 from saekit.kernels.triton_select import _places, _search
 
 CAPABILITY = (9, 0)

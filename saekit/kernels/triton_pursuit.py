@@ -26,7 +26,8 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saekit.kernels.triton_decode import LatentIndex, multiprocessors, power, row_config
+from saekit.kernels.triton_decode import row_config
+from saekit.kernels.triton_index import LatentIndex, multiprocessors, power
 
 GRAM_ROWS = 0.75
 """Rows for each atom, counted in every step but the first, from which the Gram matrix pays.

@@ -32,18 +32,15 @@ from saekit.kernels._choose import require_triton
 from saekit.kernels.auxk import AuxKConfig, AuxKGradients, DeadCount, room_for
 from saekit.kernels.triton_batch_select import batch_topk_into
 from saekit.kernels.triton_decode import (
-    HEAVY,
     DecodeConfig,
-    LatentIndex,
     RowConfig,
     decode_candidates,
     decode_config,
     decode_residual,
-    multiprocessors,
-    power,
     row_candidates,
     row_config,
 )
+from saekit.kernels.triton_index import HEAVY, LatentIndex, multiprocessors, power
 from saekit.kernels.triton_select import (
     SelectConfig,
     select_candidates,

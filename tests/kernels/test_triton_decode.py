@@ -10,6 +10,7 @@ from saekit.kernels import ops, reference
 
 DEVICE = runpy.run_path(str(Path(__file__).with_name("_interpret.py")))["DEVICE"]
 triton_decode = pytest.importorskip("saekit.kernels.triton_decode")
+triton_index = pytest.importorskip("saekit.kernels.triton_index")
 
 # float32 sums of up to some hundred terms, against float64.
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
@@ -63,7 +64,7 @@ def test_rows_that_are_all_empty_decode_to_zeros() -> None:
 def test_a_latent_that_fires_on_most_rows_is_shared_among_programs(
     heavy: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_decode, "HEAVY", heavy)
+    monkeypatch.setattr(triton_index, "HEAVY", heavy)
     indices = torch.randint(0, 8, (40, 3))
     indices[:, 1] = 5
     matches(torch.rand(40, 3), indices, None, 8, 20)
@@ -74,7 +75,7 @@ def test_a_latent_that_fires_on_most_rows_is_shared_among_programs(
 def test_one_gradient_alone_is_the_same(
     wanted: tuple[bool, bool], deterministic: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_decode, "HEAVY", 4)
+    monkeypatch.setattr(triton_index, "HEAVY", 4)
     values, indices = torch.rand(6, 3, device=DEVICE), torch.randint(0, 3, (6, 3), device=DEVICE)
     table, grad = torch.randn(4, 10, device=DEVICE), torch.randn(6, 10, device=DEVICE)
     call = partial(triton_decode.decode_gradients, values, indices, None, table, grad)
@@ -101,7 +102,7 @@ def test_the_index_holds_each_entry_once_below_its_latent(
         indices = torch.randint(0, 11, (30, 4), device=DEVICE)
         indices[:, 0] = 3
     values = torch.rand(30, 4, device=DEVICE)
-    index = triton_decode.LatentIndex(
+    index = triton_index.LatentIndex(
         13,
         120,
         values.device,

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 from saekit.kernels import matching_pursuit, reference
 
 DEVICE = runpy.run_path(str(Path(__file__).with_name("_interpret.py")))["DEVICE"]
-triton_decode = pytest.importorskip("saekit.kernels.triton_decode")
+triton_index = pytest.importorskip("saekit.kernels.triton_index")
 triton_pursuit = pytest.importorskip("saekit.kernels.triton_pursuit")
 
 # float32 against float64, over some steps.
@@ -123,7 +123,7 @@ def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_atoms_that_many_rows_take_are_shared_among_programs(
     deterministic: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_decode, "HEAVY", 4)
+    monkeypatch.setattr(triton_index, "HEAVY", 4)
     monkeypatch.setattr(triton_pursuit, "_ENTRY_BYTES", 12 * 4 * 3 * 6)
     gradients = partial(triton_pursuit.gradients, deterministic=deterministic)
     monkeypatch.setattr(triton_pursuit, "gradients", gradients)
