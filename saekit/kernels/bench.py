@@ -731,9 +731,9 @@ def rotation(d_in: int, batch_size: int, device: torch.device) -> Callable[[], T
 
 
 def forget(device: torch.device) -> None:
-    """Give memory back, so that a case is not charged with that of the one before."""
-    gc.collect()
+    """Give a GPU's memory back, so that a case is not charged with that of the one before."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 

@@ -111,7 +111,7 @@ def test_a_run_by_fused_steps_is_that_of_the_eager_path(
     planted: ActivationCache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     cfg = TopKConfig(
-        d_sae=24, k=3, n_tokens=40, batch_size=10, precision="float32", lr_warmup=0.0, dead_after=15
+        d_sae=24, k=3, n_tokens=30, batch_size=10, precision="float32", lr_warmup=0.0, dead_after=15
     )
     found = []
     for backend in ("eager", "triton"):
