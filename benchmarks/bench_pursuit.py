@@ -26,7 +26,7 @@ import torch
 from _record import RESULTS, append, show, summary
 from torch import Tensor, nn
 
-from saekit.kernels import pursuit, reference
+from saekit.kernels import bench, pursuit, reference
 from saekit.kernels import triton_pursuit as ours
 from saekit.kernels.bench_peers import pursuit as peer_steps
 
@@ -168,17 +168,7 @@ def check(name: str, args: argparse.Namespace, way: str, planted: bool) -> dict[
 
 
 def milliseconds(call: Callable[[], object], rounds: int, warm_ups: int) -> list[float]:
-    for _ in range(warm_ups):
-        call()
-    events = []
-    for _ in range(rounds):
-        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begun.record()
-        call()
-        ended.record()
-        events.append((begun, ended))
-    torch.cuda.synchronize()
-    return [begun.elapsed_time(ended) for begun, ended in events]
+    return bench.milliseconds(call, torch.device("cuda"), rounds, warm_ups)
 
 
 def batches(shape: Shape, batch_size: int) -> Callable[[], Tensor]:

@@ -148,7 +148,8 @@ class Run:
         if self.cfg.economy and isinstance(self._take_step, EagerStep):
             raise ConfigError(
                 f"{self.name}: economy=True is for fused steps, which {self.settings['kind']} on "
-                f"{self.device} does not take: leave it out, or train topk or batch_topk on a GPU"
+                f"{self.device} does not take with these options (the log says why): leave it "
+                "out, or train topk or batch_topk on a GPU"
             )
         self._take_step.clipped.fill_(self.at.clipped)
 

@@ -59,8 +59,14 @@ def require_triton(device: torch.device, dtype: torch.dtype, width: int) -> None
 @cache
 def _choose(device: torch.device, dtype: torch.dtype, width: int, wanted: str) -> Choice:
     choice = _decide(device, dtype, width, wanted)
-    log.info("kernels on %s, %s: %s (%s)", device, dtype, choice.backend, choice.why)
+    _tell(device.type, choice)
     return choice
+
+
+@cache
+def _tell(device: str, choice: Choice) -> None:
+    """Once for each choice, whatever the dtypes and widths that it is made for."""
+    log.info("kernels on %s: %s (%s)", device, choice.backend, choice.why)
 
 
 def _decide(device: torch.device, dtype: torch.dtype, width: int, wanted: str) -> Choice:

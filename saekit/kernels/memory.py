@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from saekit.errors import SaekitError
 from saekit.files import write_json
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def remember(device: torch.device, what: str, found: Any) -> None:
     known.setdefault(key(device), {})[what] = found
     try:
         write_json(path(), known)
-    except OSError as error:
+    except (OSError, SaekitError) as error:
         log.warning("%s cannot be written (%s): it is found out again next time", path(), error)
 
 

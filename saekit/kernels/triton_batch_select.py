@@ -22,7 +22,8 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saekit.kernels.triton_select import key_of, keys_of, power_of, row_ends
+from saekit.kernels.triton_index import power
+from saekit.kernels.triton_select import key_of, keys_of, row_ends
 
 _GROUP = 32
 _AT_ONCE = 256
@@ -95,7 +96,7 @@ def _search(pre: Tensor, n_kept: int) -> _Search:
     keys = keys_of(pre)
     n_groups = -(-d_sae // _GROUP)
     largest = keys.new_empty(batch, n_groups)
-    at_once = min(_AT_ONCE, power_of(n_groups))
+    at_once = min(_AT_ONCE, power(n_groups))
     _largest_kernel[(batch,)](keys, largest, d_sae, n_groups, GROUP=_GROUP, AT_ONCE=at_once)
     small = n_groups < 1 << 15
     groups = torch.empty(
@@ -112,8 +113,8 @@ def _search(pre: Tensor, n_kept: int) -> _Search:
     looked = (keys, largest, groups, marked, bins, found)
     options = {
         "GROUP": _GROUP,
-        "GROUPS_BLOCK": power_of(n_groups),
-        "CHUNK": min(_CHUNK, power_of(n_groups)),
+        "GROUPS_BLOCK": power(n_groups),
+        "CHUNK": min(_CHUNK, power(n_groups)),
         "num_warps": 8 if n_groups > 1_024 else 4,
     }
     sizes = (n_kept, d_sae, n_groups)
@@ -169,7 +170,7 @@ def _fill(
         pre.shape[1],
         n_groups,
         GROUP=_GROUP,
-        CHUNK=min(_CHUNK, power_of(n_groups)),
+        CHUNK=min(_CHUNK, power(n_groups)),
         COUNT=count is not None,
     )
 

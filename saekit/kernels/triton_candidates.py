@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saekit.kernels.triton_index import power
-from saekit.kernels.triton_select import _places, _search
+from saekit.kernels.triton_select import places, search
 
 CAPABILITY = (9, 0)
 """The oldest GPUs whose products in float8 take a scale for each row."""
@@ -242,8 +242,8 @@ def _reselect_kernel(
     key = tl.maximum(pre.to(tl.int32, bitcast=True), 0)
     key = tl.where(there, tl.minimum(key, 0x7F800001), -1)
     high = tl.max(key) + 1
-    cut = _search(key, tl.minimum(high, 0), high, K)
-    kept, place = _places(key, cut, K)
+    cut = search(key, tl.minimum(high, 0), high, K)
+    kept, place = places(key, cut, K)
     out = row * K
     tl.store(indices + out + place, latent, mask=kept)
     value = tl.maximum(key, 0).to(tl.float32, bitcast=True)

@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saekit.errors import ConfigError
+from saekit.kernels.triton_index import power
 
 _WHOLE = 4_096
 """Rows up to this width are selected from as they are, without groups."""
@@ -51,16 +52,16 @@ def select_config(
         return SelectConfig(0, 0, 4)
     group = group or 32
     # Few groups would leave little out, and the k that are left must fit.
-    while group > 8 and (power_of(k) * group > _MOST_CANDIDATES or d_sae < 4 * k * group):
+    while group > 8 and (power(k) * group > _MOST_CANDIDATES or d_sae < 4 * k * group):
         group //= 2
     if d_sae < k * group:
         return SelectConfig(0, 0, 8)
-    if power_of(k) * group > _MOST_CANDIDATES // 2:
+    if power(k) * group > _MOST_CANDIDATES // 2:
         # More than fewer threads have registers for.
         n_warps = 16
     n_warps = n_warps or (8 if d_sae > 32_768 else 4)
     # 64 entries to a thread.
-    at_once = min(power_of(-(-d_sae // group)), 2_048 * n_warps // group)
+    at_once = min(power(-(-d_sae // group)), 2_048 * n_warps // group)
     return SelectConfig(group, at_once, n_warps)
 
 
@@ -123,9 +124,9 @@ def topk_select(
         d_sae,
         n_groups,
         K=k,
-        K_BLOCK=power_of(k),
+        K_BLOCK=power(k),
         GROUP=group,
-        GROUPS_BLOCK=power_of(n_groups),
+        GROUPS_BLOCK=power(n_groups),
         AT_ONCE=config.groups_at_once,
         WHOLE=config.group == 0,
         EVEN=config.group > 0 and d_sae % (group * config.groups_at_once) == 0,
@@ -182,11 +183,6 @@ def keys_of(pre: Tensor) -> Tensor:
     return pre.view(kinds[pre.dtype])
 
 
-def power_of(n: int) -> int:
-    """The power of two that is n or next above."""
-    return 1 << max(0, n - 1).bit_length()
-
-
 @triton.jit
 @no_type_check
 def key_of(bits):
@@ -196,7 +192,7 @@ def key_of(bits):
 
 @triton.jit
 @no_type_check
-def _search(keys, low, high, n):
+def search(keys, low, high, n):
     # The largest t in [low, high) that n keys reach; n reach low, and fewer high. Two thresholds a
     # turn, whose counts share one reduction.
     while high - low > 1:
@@ -213,7 +209,7 @@ def _search(keys, low, high, n):
 
 @triton.jit
 @no_type_check
-def _places(keys, cut, n):
+def places(keys, cut, n):
     # Which keys are among the n largest, the first of equal ones, and their places in order.
     larger = (keys > cut).to(tl.int32)
     equal = (keys == cut).to(tl.int32)
@@ -273,8 +269,8 @@ def _topk_kernel(
         high = tl.max(most) + 1
         # The K largest lie in the K groups with the largest, and the first of equal ones in the
         # first of those: groups stand in the order of their entries.
-        low = _search(most, tl.minimum(high, 0), high, K)
-        kept, place = _places(most, low, K)
+        low = search(most, tl.minimum(high, 0), high, K)
+        kept, place = places(most, low, K)
         # The output holds them until they are read again.
         tl.store(indices + out + place, group, mask=kept)
         tl.debug_barrier()
@@ -287,8 +283,8 @@ def _topk_kernel(
         latent = tl.reshape(latent, [K_BLOCK * GROUP])
         # All have read the groups before any writes over them.
         tl.debug_barrier()
-    cut = _search(key, low, high, K)
-    kept, place = _places(key, cut, K)
+    cut = search(key, low, high, K)
+    kept, place = places(key, cut, K)
     tl.store(indices + out + place, latent, mask=kept)
     tl.store(values + out + place, key.to(values.dtype.element_ty), mask=kept)
     if COUNT:

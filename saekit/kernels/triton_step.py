@@ -100,7 +100,7 @@ class FusedTopKStep:
     `DeadLatents`. `clipped` counts the steps whose gradient was longer than `clip_norm`.
 
     precision: what is multiplied; "bfloat16" rounds x and the weights, and rounds pre-activations,
-    values and the error, which `residual_dtype` can leave in float32.
+    values and the error.
     rows_at_once: pre-activations are made for so many rows at a time, rather than for the batch.
     auxk: adds the loss that revives dead latents; needs `since`.
     deterministic: the same bits from the same start.
@@ -134,7 +134,6 @@ class FusedTopKStep:
         weight_decay: float = 0.0,
         clip_norm: float | None = None,
         precision: Literal["float32", "bfloat16"] = "bfloat16",
-        residual_dtype: torch.dtype | None = None,
         state: Mapping[str, Mapping[str, Tensor]] | None = None,
         since: Int[Tensor, " d_sae"] | None = None,
         fired: Int[Tensor, " d_sae"] | None = None,
@@ -229,7 +228,7 @@ class FusedTopKStep:
             self._rows = new(*shape, dtype=torch.int32)
         self._pre = new(self.rows_at_once, d_sae, dtype=low)
         self._centred = new(batch_size, d_in, dtype=low)
-        self._residual = new(batch_size, d_in, dtype=residual_dtype or low)
+        self._residual = new(batch_size, d_in, dtype=low)
         self._losses = new(-(-d_in // self.config.decode.columns), batch_size)
         self._chunk_rows = new(self._index.n_chunks, 2, d_in)
         self._chunk_sums = new(self._index.n_chunks, 2)
@@ -497,7 +496,7 @@ class FusedTopKStep:
         copies = self._copies
         self._revival[self._room].compute(
             self._centred,
-            self._residual.to(self._centred.dtype),
+            self._residual,
             self.loss,
             copies["W_enc_T"],
             copies["W_dec"],

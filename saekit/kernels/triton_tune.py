@@ -5,7 +5,6 @@ none depends on another's choice. The finding is kept (see `memory`), for one sh
 """
 
 import logging
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from statistics import median
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from saekit.kernels import memory
+from saekit.kernels.bench import milliseconds
 from saekit.kernels.triton_decode import DecodeConfig, RowConfig
 from saekit.kernels.triton_select import SelectConfig
 from saekit.kernels.triton_step import FusedTopKStep, StepConfig, step_candidates, step_config
@@ -80,33 +80,22 @@ def _best(
             )
             state = step.state
             step(x)
-            took = {part: _milliseconds(call) for part, call in step.parts(x).items()}
+            took = {
+                part: median(milliseconds(call, device, _ROUNDS, _WARM_UPS))
+                for part, call in step.parts(x).items()
+            }
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             # More registers or shared memory than this GPU has.
             log.info("%s cannot run here: %s", candidate, error)
             continue
-        for part, milliseconds in took.items():
-            if milliseconds < least.get(part, float("inf")):
-                least[part] = milliseconds
+        for part, ms in took.items():
+            if ms < least.get(part, float("inf")):
+                least[part] = ms
                 best = replace(best, **{part: getattr(candidate, part)})
     return best
 
 
 def _name(d_in: int, d_sae: int, k: int) -> str:
     return f"step of {d_in} x {d_sae}, k {k}"
-
-
-def _milliseconds(call: Callable[[], object]) -> float:
-    for _ in range(_WARM_UPS):
-        call()
-    events = []
-    for _ in range(_ROUNDS):
-        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begun.record()
-        call()
-        ended.record()
-        events.append((begun, ended))
-    torch.cuda.synchronize()
-    return float(median(begun.elapsed_time(ended) for begun, ended in events))

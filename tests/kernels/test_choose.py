@@ -18,6 +18,7 @@ def afresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SAEKIT_KERNELS", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     _choose._choose.cache_clear()
+    _choose._tell.cache_clear()
 
 
 @pytest.fixture
@@ -34,9 +35,9 @@ def test_on_a_cpu_pytorch_operators_are_taken_and_the_log_says_why(
 ) -> None:
     with caplog.at_level(logging.INFO):
         assert choose(CPU).backend == "eager"
-        choose(CPU)
+        choose(CPU, torch.bfloat16, 768)
     assert [record.message for record in caplog.records] == [
-        "kernels on cpu, torch.float32: eager (Triton is for GPUs, and this is cpu)"
+        "kernels on cpu: eager (Triton is for GPUs, and this is cpu)"
     ]
 
 

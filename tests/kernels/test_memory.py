@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from saekit.errors import SaekitError
 from saekit.kernels import memory
 
 GPU = torch.device("cuda", 0)
@@ -42,6 +43,18 @@ def test_a_file_that_cannot_be_read_is_said_and_written_anew(
     assert "cannot be read" in caplog.text
     memory.remember(GPU, "self-test", {})
     assert memory.recall(GPU, "self-test") == {}
+
+
+def test_a_full_disk_costs_no_more_than_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise SaekitError("the disk is full")
+
+    monkeypatch.setattr(memory, "write_json", full)
+    with caplog.at_level(logging.WARNING):
+        memory.remember(GPU, "self-test", {})
+    assert "the disk is full" in caplog.text
 
 
 def test_a_folder_that_cannot_be_written_to_costs_no_more_than_a_warning(
