@@ -149,7 +149,7 @@ class Run:
             raise ConfigError(
                 f"{self.name}: economy=True is for fused steps, which {self.settings['kind']} on "
                 f"{self.device} does not take with these options (the log says why): leave it "
-                "out, or train topk or batch_topk on a GPU"
+                "out, or train topk, batch_topk or mutual_choice on a GPU"
             )
         self._take_step.clipped.fill_(self.at.clipped)
 

@@ -22,7 +22,7 @@ from saekit.errors import ConfigError
 from saekit.sae import SAE, JumpReLU
 from saekit.trainers._autoencoder import Autoencoder, AutoencoderConfig
 from saekit.trainers._base import Batch, Step
-from saekit.trainers._fused import fused_step
+from saekit.trainers._fused import FusedBatchTopK, fused_step
 from saekit.trainers._threshold import RunningMean, smallest
 
 
@@ -74,7 +74,7 @@ class BatchTopKTrainer(Autoencoder):
         # A kind made from this one has losses of its own.
         if type(self) is not BatchTopKTrainer:
             return None
-        return fused_step(self, optimiser, self.cfg.k, device, self.threshold)
+        return fused_step(FusedBatchTopK, self, optimiser, self.cfg.k, device)
 
     def choose(self, centred: Float[Tensor, "batch d_in"]) -> kernels.Code:
         """The code of a batch. What it tells of thresholds is taken in."""

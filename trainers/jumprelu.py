@@ -40,7 +40,8 @@ from torch import Tensor, nn
 from saekit.errors import ConfigError
 from saekit.sae import SAE, JumpReLU
 from saekit.trainers._autoencoder import forget
-from saekit.trainers._base import Batch
+from saekit.trainers._base import Batch, Step
+from saekit.trainers._fused import FusedJumpReLU, fused_step
 from saekit.trainers._sparsity import Penalised, PenalisedConfig
 
 
@@ -135,6 +136,24 @@ class JumpReLUTrainer(Penalised):
     def threshold(self) -> Float[Tensor, " d_sae"]:
         return self.level * (self.cfg.threshold_lr * self.unit)
 
+    @property
+    def width(self) -> Float[Tensor, ""]:
+        """Of the window in which pre-activations move a threshold."""
+        return self.cfg.bandwidth * self.unit
+
+    def fused_step(self, optimiser: torch.optim.Optimizer, device: str) -> Step | None:
+        if type(self) is not JumpReLUTrainer:
+            return None
+        cfg, obstacle = self.cfg, ""
+        if cfg.penalty != "l0":
+            obstacle = f"penalty='{cfg.penalty}'"
+        elif cfg.pre_act_coef > 0:
+            obstacle = f"pre_act_coef={cfg.pre_act_coef:g}"
+        elif cfg.economy:
+            obstacle = "its first steps are eager, and economy is for fused ones"
+        k = min(max(1, round(cfg.target_l0 or 32)), cfg.d_sae)
+        return fused_step(FusedJumpReLU, self, optimiser, k, device, obstacle)
+
     def guess(self, target_l0: float) -> float:
         # A latent pays for itself where the error that it takes away, at most its square, is more.
         return 0.1 * float(self.variance / target_l0)
@@ -142,7 +161,7 @@ class JumpReLUTrainer(Penalised):
     def losses(self, batch: Batch) -> dict[str, Float[Tensor, ""]]:
         cfg = self.cfg
         centred = batch.x - self.b_dec
-        width = cfg.bandwidth * self.unit
+        width = self.width
         kept = self.keep(centred, self.threshold.detach() - width / 2)
         threshold = kept.of(self.threshold)
         z: Tensor = _Jump.apply(kept.pre, threshold, width)  # type: ignore[no-untyped-call]

@@ -27,6 +27,8 @@ from torch import Tensor
 
 from saekit import kernels
 from saekit.errors import ConfigError
+from saekit.trainers._base import Step
+from saekit.trainers._fused import FusedMutualChoice, fused_step
 from saekit.trainers._threshold import RunningMean
 from saekit.trainers._zipf import law, water_fill
 from saekit.trainers.batch_topk import BatchTopKConfig, BatchTopKTrainer
@@ -113,6 +115,13 @@ class MutualChoiceTrainer(BatchTopKTrainer):
         self.density = RunningMean(cfg.density_rate, (cfg.d_sae,))
         self.register_buffer("expected", torch.zeros(cfg.d_sae))
         self.register_buffer("revived", torch.zeros(()), persistent=False)
+
+    def fused_step(self, optimiser: torch.optim.Optimizer, device: str) -> Step | None:
+        # A kind made from this one chooses in a way of its own.
+        if type(self) is not MutualChoiceTrainer:
+            return None
+        k = max(1, round(self.cfg.mean_l0))
+        return fused_step(FusedMutualChoice, self, optimiser, k, device)
 
     def entries(self, rows: int) -> int:
         return round(self.cfg.mean_l0 * rows)

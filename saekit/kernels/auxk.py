@@ -33,6 +33,9 @@ class AuxKConfig:
     coef: float
     variance: Float[Tensor, ""]
     """V: of x about its mean, summed over d_in."""
+    weight: Float[Tensor, " d_sae"] | None = None
+    """What pre-activations are multiplied by. Given, it says which latents are to be revived: those
+    above 0, dead or not (`trainers.mutual_choice`)."""
 
 
 class DeadCount:
@@ -114,7 +117,7 @@ class AuxKGradients:
         """Fills `slot`, `rows` and `bias`, and writes the loss. `residual` is x_hat - x, whose mean
         square, summed over d_in, is `mse`."""
         cfg, room, batch = self.cfg, self.room, len(centred)
-        dead = self._since >= cfg.after
+        dead = self._since >= cfg.after if cfg.weight is None else cfg.weight > 0
         place = dead.cumsum(0) - 1
         self.slot.copy_(torch.where(dead, place, -1))
         # One place more, for all that are not dead.
@@ -123,6 +126,7 @@ class AuxKGradients:
         latent = latent[:room]
         empty = self._places > place[-1]
         enc, dec, bias = W_enc_T[latent], W_dec[latent], b_enc[latent]
+        weight_of = None if cfg.weight is None else cfg.weight[latent].to(enc.dtype)
         self.rows.zero_()
         self.bias.zero_()
         d_dec, d_enc = self.rows[:, 0], self.rows[:, 1]
@@ -134,7 +138,10 @@ class AuxKGradients:
         mute = torch.stack(tops).amax(0) <= 0
         for chunk in chunks:
             x, rest = centred[chunk], residual[chunk]
-            pre = torch.addmm(bias, x, enc.T).masked_fill_(empty, -torch.inf)
+            pre = torch.addmm(bias, x, enc.T)
+            if weight_of is not None:
+                pre *= weight_of
+            pre.masked_fill_(empty, -torch.inf)
             unused = empty
             if room > cfg.k:
                 best = pre.topk(cfg.k, dim=1, sorted=False).indices
@@ -144,9 +151,10 @@ class AuxKGradients:
             missed = torch.addmm(rest, z, dec, beta=-1, alpha=-1)
             total += missed.float().square().sum()
             d_z = (missed @ dec.T).masked_fill_(unused, 0)
+            d_pre = d_z if weight_of is None else d_z * weight_of
             d_dec += z.T @ missed
-            d_enc += d_z.T @ x
-            self.bias += d_z.sum(0, dtype=torch.float32)
+            d_enc += d_pre.T @ x
+            self.bias += d_pre.sum(0, dtype=torch.float32)
         mean = residual.mean(0, dtype=torch.float32)
         variance = (mse - mean.square().sum()).clamp_min(1e-12)
         weight = cfg.coef * cfg.variance / (variance * batch)

@@ -1,11 +1,11 @@
 """Choosing which entries a whole batch keeps, in Triton: exact and repeatable, with one reading of
 `pre` as a whole.
 
-That reading finds the largest of each group of neighbouring entries. A sample of `pre` gives a
-bound that somewhat more entries exceed than are kept, and only groups whose largest exceeds it are
-looked into again: by a histogram of their entries' keys (see `triton_select`), which says where to
-cut; then to count, and then to write, what each row keeps. Where the sample misled, a second
-histogram looks into all groups with an entry above 0.
+That reading finds the largest of each group of neighbouring entries. A sample of `pre`, or the
+batch before, gives a bound that somewhat more entries exceed than are kept, and only groups whose
+largest exceeds it are looked into again: by a histogram of their entries' keys (see
+`triton_select`), which says where to cut; then to count, and then to write, what each row keeps.
+Where the bound misled, a second histogram looks into all groups with an entry above 0.
 
 Axes: batch, d_sae (latents), group, kept (entries of all rows, row after row).
 """
@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saekit.kernels.triton_index import power
-from saekit.kernels.triton_select import key_of, keys_of, row_ends
+from saekit.kernels.triton_select import key_of, keys_of
 
 _GROUP = 32
 _AT_ONCE = 256
@@ -32,6 +32,9 @@ _CHUNK = 64
 """Groups that a program looks into at a time."""
 _BINS = 1 << 15
 _SAMPLE = 1 << 18
+_MARGIN = 8
+"""Keys of bfloat16 below the last cut from which on a batch is looked into: about 6 %."""
+_ROWS_AT_ONCE = 8_192
 
 
 def batch_topk_select(
@@ -42,11 +45,11 @@ def batch_topk_select(
     and in a row of the first latents, are kept. The host waits once, for how many there are."""
     keys_of(pre)
     n_kept = min(n_kept, pre.numel())
+    offsets = torch.zeros(len(pre) + 1, dtype=torch.int64, device=pre.device)
     if n_kept <= 0 or pre.numel() == 0:
-        nothing = torch.zeros(len(pre), dtype=torch.int64, device=pre.device)
-        return pre.new_empty(0), pre.new_empty(0, dtype=torch.int32), row_ends(nothing)
-    search = _search(pre, n_kept)
-    offsets = row_ends(search.kept)
+        return pre.new_empty(0), pre.new_empty(0, dtype=torch.int32), offsets
+    cut = torch.stack([_sampled_bound(pre, n_kept), pre.new_zeros((), dtype=torch.int32)])
+    search = _search(pre, n_kept, offsets, cut, margin=0)
     total = int(offsets[-1])
     values = pre.new_empty(total)
     indices = torch.empty(total, dtype=torch.int32, device=pre.device)
@@ -64,13 +67,14 @@ def batch_topk_into(
     offsets: Int[Tensor, " offsets"],
     count: Int[Tensor, " d_sae"],
     rank: Int[Tensor, " most"],
+    cut: Int[Tensor, "2"],
 ) -> None:
     """As `batch_topk_select` of `most` entries, into memory that is given, and without waiting for
     the device: where fewer are above 0, places from `offsets[-1]` on are left as they are, but for
     a rank of -1. `rows` says each entry's row; `count` and `rank` are as for
-    `triton_select.topk_select`."""
-    search = _search(pre, len(values))
-    offsets.copy_(row_ends(search.kept))
+    `triton_select.topk_select`. `cut` (int32, zeros at first) is what the last batch was cut at:
+    it says where this one is looked into, and not what is kept."""
+    search = _search(pre, len(values), offsets, cut, margin=_MARGIN)
     rank.fill_(-1)
     _fill(pre, search, offsets, values, indices, rows, count, rank)
 
@@ -83,15 +87,15 @@ class _Search:
     """Those that are looked into, row after row."""
     n_groups: Int[Tensor, " batch"]
     """How many of them a row has."""
-    cut: Int[Tensor, ""]
-    """Key of the smallest entry that is kept; 0 where all above 0 are."""
-    kept: Int[Tensor, " batch"]
-    """Entries that a row keeps."""
+    cut: Int[Tensor, "2"]
+    """Key of the smallest entry that is kept, 0 where all above 0 are; how many lie above."""
     equal: Int[Tensor, " batch"]
-    """How many of them have that key."""
+    """How many entries with that key a row keeps."""
 
 
-def _search(pre: Tensor, n_kept: int) -> _Search:
+def _search(pre: Tensor, n_kept: int, offsets: Tensor, cut: Tensor, margin: int) -> _Search:
+    """Writes the offsets of what is kept, and `cut`, which says before where to look: from `margin`
+    keys of bfloat16 below on."""
     (batch, d_sae), device = pre.shape, pre.device
     keys = keys_of(pre)
     n_groups = -(-d_sae // _GROUP)
@@ -102,45 +106,37 @@ def _search(pre: Tensor, n_kept: int) -> _Search:
     groups = torch.empty(
         batch, n_groups, dtype=torch.int16 if small else torch.int32, device=device
     )
-    marked = torch.zeros(batch, dtype=torch.int32, device=device)
     # Keys have 15 bits that are told apart at once, and in float32 16 more.
     shift = 0 if pre.dtype.itemsize == 2 else 16
-    bins = torch.zeros(_BINS, dtype=torch.int32, device=device)
-    found = torch.zeros((), dtype=torch.int32, device=device)
-    bound = _sampled_bound(pre, n_kept)
-    # A bound inside a bin would leave part of it uncounted.
-    bound = (bound >> shift << shift).clamp_min(1)
-    looked = (keys, largest, groups, marked, bins, found)
-    options = {
-        "GROUP": _GROUP,
-        "GROUPS_BLOCK": power(n_groups),
-        "CHUNK": min(_CHUNK, power(n_groups)),
-        "num_warps": 8 if n_groups > 1_024 else 4,
-    }
-    sizes = (n_kept, d_sae, n_groups)
+    fine = 1 << shift if shift else 0
+    # One block of memory, so that all of it is cleared at once.
+    counters = torch.zeros(3 * batch + 1 + _BINS + fine, dtype=torch.int32, device=device)
+    sizes = (batch, batch, batch, 1, _BINS, fine)
+    marked, larger, equal, found, bins, fine_bins = counters.split(sizes)
+    blocks = {"GROUP": _GROUP, "CHUNK": min(_CHUNK, power(n_groups))}
+    looked = (keys, largest, groups, marked, bins, found, cut, n_kept, d_sae, n_groups)
     for again in (False, True):
         # The second does nothing where the first has found enough.
-        _histogram_kernel[(batch,)](*looked, bound, *sizes, AGAIN=again, SHIFT=shift, **options)
-    place, above = _from_the_top(bins, n_kept)
-    cut = place.clamp_min(0)
+        _histogram_kernel[(batch,)](
+            *looked,
+            AGAIN=again,
+            SHIFT=shift,
+            MARGIN=margin << shift,
+            GROUPS_BLOCK=power(n_groups),
+            num_warps=8 if n_groups > 1_024 else 4,
+            **blocks,
+        )
+    _cut_kernel[(1,)](bins, cut, n_kept, N=_BINS, FINE=False, ROUGH=shift > 0, num_warps=32)
     if shift:
         # The rest of the bits, within the bin.
-        fine = torch.zeros(1 << shift, dtype=torch.int32, device=device)
-        inside = {"GROUP": _GROUP, "CHUNK": options["CHUNK"], "SHIFT": shift}
-        _inside_kernel[(batch,)](keys, groups, marked, fine, cut, d_sae, n_groups, **inside)
-        rest, more = _from_the_top(fine, n_kept - above)
-        whole = (cut << shift) + rest.clamp_min(0)
-        cut = torch.where((place < 0) | (rest < 0), 0, whole)
-        above = above + more
-    cut = cut.to(torch.int32)
-    larger = torch.zeros(batch, dtype=torch.int64, device=device)
-    equal = torch.zeros_like(larger)
-    counted = {"GROUP": _GROUP, "CHUNK": options["CHUNK"]}
-    _count_kernel[(batch,)](keys, groups, marked, cut, larger, equal, d_sae, n_groups, **counted)
-    # The equal ones that are kept: as many as are missing, from the first rows on.
-    missing = torch.where(cut > 0, n_kept - above, 0)
-    taken = (missing - (equal.cumsum(0) - equal)).clamp_min(0).minimum(equal)
-    return _Search(groups, marked, cut, larger + taken, taken)
+        _inside_kernel[(batch,)](
+            keys, groups, marked, fine_bins, cut, d_sae, n_groups, SHIFT=shift, **blocks
+        )
+        _cut_kernel[(1,)](fine_bins, cut, n_kept, N=fine, FINE=True, ROUGH=False, num_warps=32)
+    _count_kernel[(batch,)](keys, groups, marked, cut, larger, equal, d_sae, n_groups, **blocks)
+    block = min(_ROWS_AT_ONCE, power(batch))
+    _offsets_kernel[(1,)](larger, equal, cut, offsets, n_kept, batch, BLOCK=block, num_warps=8)
+    return _Search(groups, marked, cut, equal)
 
 
 def _fill(
@@ -189,14 +185,44 @@ def _sampled_bound(pre: Tensor, n_kept: int) -> Tensor:
     return keys_of(bound[None]).to(torch.int32)[0].clamp_min(1)
 
 
-def _from_the_top(bins: Tensor, n: int | Tensor) -> tuple[Tensor, Tensor]:
-    """The bin in which the n-th largest lies, -1 where there are fewer, and how many lie above."""
-    reached = bins.flip(0).cumsum(0).flip(0)
-    place = (reached >= n).sum() - 1
-    # By gather: an index of no dimensions would be read by the host.
-    at = place.clamp_min(0)[None]
-    above = (reached.gather(0, at) - bins.gather(0, at))[0]
-    return place.to(torch.int32), torch.where(place < 0, 0, above)
+@triton.jit
+@no_type_check
+def _cut_kernel(bins, cut, n_kept, N: tl.constexpr, FINE: tl.constexpr, ROUGH: tl.constexpr):
+    # The bin in which the n-th largest lies, -1 where there are fewer, and how many lie above.
+    # FINE: within the bin that is given. ROUGH: where it is to be looked into yet.
+    before = 0
+    if FINE:
+        before = tl.load(cut + 1)
+    n = tl.load(bins + N - 1 - tl.arange(0, N)).to(tl.int64)
+    short = tl.cumsum(n, axis=0) < n_kept - before
+    place = N - 1 - tl.sum(short.to(tl.int32))
+    above = tl.sum(tl.where(short, n, 0)).to(tl.int32)
+    if FINE:
+        rough = tl.load(cut)
+        place = tl.where((rough < 0) | (place < 0), 0, rough * N + place)
+    elif not ROUGH:
+        place = tl.maximum(place, 0)
+    tl.store(cut, place)
+    tl.store(cut + 1, before + above)
+
+
+@triton.jit
+@no_type_check
+def _offsets_kernel(larger, equal, cut, offsets, n_kept, batch, BLOCK: tl.constexpr):
+    # Of the equal ones as many as are missing are kept, from the first rows on.
+    missing = (n_kept - tl.load(cut + 1)).to(tl.int64)
+    missing = tl.where(tl.load(cut) == 0, 0, missing)
+    total = tl.cast(0, tl.int64)
+    tl.store(offsets, total)
+    for first in range(0, batch, BLOCK):
+        row = first + tl.arange(0, BLOCK)
+        same = tl.load(equal + row, mask=row < batch, other=0).to(tl.int64)
+        taken = tl.minimum(tl.maximum(missing - tl.cumsum(same, axis=0) + same, 0), same)
+        tl.store(equal + row, taken.to(tl.int32), mask=row < batch)
+        kept = taken + tl.load(larger + row, mask=row < batch, other=0)
+        tl.store(offsets + 1 + row, total + tl.cumsum(kept, axis=0), mask=row < batch)
+        total += tl.sum(kept)
+        missing -= tl.sum(same)
 
 
 @triton.jit
@@ -235,20 +261,22 @@ def _histogram_kernel(
     marked,
     bins,
     found,
-    bound,
+    cut,
     n_kept,
     d_sae,
     n_groups,
     AGAIN: tl.constexpr,
     SHIFT: tl.constexpr,
+    MARGIN: tl.constexpr,
     GROUP: tl.constexpr,
     GROUPS_BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    # Marks the groups with a key from the bound on, and counts such keys by their bits above SHIFT.
+    # Marks the groups with a key from a bound on, and counts such keys by their bits above SHIFT.
     # AGAIN: where too few were found, marks all with a key above 0 and counts those below.
     row = tl.program_id(0).to(tl.int64)
-    least = tl.load(bound)
+    # A bound inside a bin would leave part of it uncounted.
+    least = tl.maximum((tl.load(cut) - MARGIN) >> SHIFT << SHIFT, 1)
     most = 0x7F800001
     go = True
     if AGAIN:
@@ -324,8 +352,8 @@ def _count_kernel(
         key, _ = _entries(keys, groups, row, first, n, d_sae, n_groups, GROUP, CHUNK)
         n_larger += (key > bound).to(tl.int32)
         n_equal += (key == bound).to(tl.int32)
-    tl.store(larger + row, tl.sum(n_larger).to(tl.int64))
-    tl.store(equal + row, tl.sum(n_equal).to(tl.int64))
+    tl.store(larger + row, tl.sum(n_larger))
+    tl.store(equal + row, tl.sum(n_equal))
 
 
 @triton.jit
@@ -351,7 +379,7 @@ def _fill_kernel(
     row = tl.program_id(0).to(tl.int64)
     n = tl.load(marked + row)
     bound = tl.load(cut)
-    missing = tl.load(equal + row).to(tl.int32)
+    missing = tl.load(equal + row)
     out = tl.load(offsets + row)
     for first in range(0, n, CHUNK):
         key, latent = _entries(keys, groups, row, first, n, d_sae, n_groups, GROUP, CHUNK)

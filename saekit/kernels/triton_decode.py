@@ -104,9 +104,11 @@ def decode_residual(
     *,
     scale: float,
     config: DecodeConfig,
+    ends: Int[Tensor, " batch"] | None = None,
 ) -> None:
-    """`out = decoded + b_dec - x`; `loss` adds up to `scale` times its squares."""
-    _decode(values, indices, offsets, table, b_dec, x, out, loss, scale, config)
+    """`out = decoded + b_dec - x`; `loss` adds up to `scale` times its squares. With `ends`, a
+    row's entries are read up to there, not up to the next row's."""
+    _decode(values, indices, offsets, table, b_dec, x, out, loss, scale, config, ends)
 
 
 def _decode(
@@ -120,6 +122,7 @@ def _decode(
     loss: Tensor | None,
     scale: float,
     config: DecodeConfig | None,
+    ends: Tensor | None = None,
 ) -> None:
     batch, d = out.shape
     if out.numel() == 0:
@@ -130,6 +133,7 @@ def _decode(
         values.contiguous(),
         indices.contiguous(),
         offsets,
+        offsets[1:] if ends is None and offsets is not None else ends,
         table.contiguous(),
         b_dec,
         x,
@@ -229,6 +233,7 @@ def _decode_kernel(
     values,
     indices,
     offsets,
+    ends,
     table,
     b_dec,
     x,
@@ -251,7 +256,7 @@ def _decode_kernel(
     total = tl.zeros([COLUMNS], tl.float32)
     if LOOP:
         begin = tl.load(offsets + row) if RAGGED else row * K
-        stop = tl.load(offsets + row + 1) if RAGGED else row * K + K
+        stop = tl.load(ends + row) if RAGGED else row * K + K
         for first in range(begin, stop, ENTRIES):
             at = first + entry
             latent = tl.load(indices + at, mask=at < stop, other=0).to(tl.int64)

@@ -103,10 +103,12 @@ class LatentIndex:
         k: int = 0,
         rows: Int[Tensor, " kept"] | None = None,
         dead: tuple[Int[Tensor, " d_sae"], Int[Tensor, " d_sae"], int] | None = None,
+        firing: Int[Tensor, " d_sae"] | None = None,
     ) -> None:
         """From `count` and `rank`, as they were filled since `clear`; entries of rank -1 are left
         out. With `dead`, `since` (int64) grows by so many rows, and is 0 where a latent has
-        entries, whose number is added to `fired` (int64)."""
+        entries, whose number is added to `fired` (int64). `firing` says how many of a latent's
+        entries count so; not given, all do."""
         since, fired, n_rows = dead or (None, None, 0)
         _segment_kernel[(-(-self.d_sae // _SEGMENT_BLOCK),)](
             self.count,
@@ -118,6 +120,7 @@ class LatentIndex:
             self._chunk_length,
             since,
             fired,
+            self.count if firing is None else firing,
             n_rows,
             self.d_sae,
             HEAVY=self.heavy,
@@ -213,6 +216,7 @@ def _segment_kernel(
     chunk_length,
     since,
     fired,
+    firing,
     n_rows,
     d_sae,
     HEAVY: tl.constexpr,
@@ -237,10 +241,11 @@ def _segment_kernel(
             length = tl.minimum(n - i * HEAVY, HEAVY)
             tl.store(chunk_length + chunk + i, length, mask=i < chunks)
     if DEAD:
+        rows = tl.load(firing + latent, mask=there, other=0)
         quiet = tl.load(since + latent, mask=there, other=0) + n_rows
-        tl.store(since + latent, tl.where(n > 0, 0, quiet), mask=there)
+        tl.store(since + latent, tl.where(rows > 0, 0, quiet), mask=there)
         before = tl.load(fired + latent, mask=there, other=0)
-        tl.store(fired + latent, before + n, mask=there)
+        tl.store(fired + latent, before + rows, mask=there)
 
 
 @triton.jit

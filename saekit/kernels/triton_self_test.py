@@ -1,7 +1,8 @@
 """Each Triton kernel beside its definition, on small random inputs: what a GPU, a driver or a
 version of Triton that nobody has tried yet must pass before anything is trained with it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from saekit.kernels import reference, triton_backend, triton_pursuit
 from saekit.kernels.reference import rows_of
-from saekit.kernels.triton_step import FusedBatchTopKStep, FusedTopKStep
+from saekit.kernels.triton_step import FusedBatchTopKStep, FusedJumpReLUStep, FusedTopKStep
 
 _LIMIT = 1e-4
 """Largest ||ours - theirs|| / ||theirs||: float32 sums against float64."""
@@ -102,33 +103,79 @@ def _pursuit(normal: Normal) -> float:
     return max(_distance(one, other) for one, other in zip(*found, strict=True))
 
 
-def _step(form: type[FusedTopKStep], normal: Normal) -> float:
-    """The gradients, which are what Adam's first moment holds of after a step, times 1 / 0.1."""
+def _start(normal: Normal) -> tuple[list[Tensor], list[Tensor]]:
+    """Of a step: parameters, and the same in float64."""
     W_dec = normal(D_SAE, D_IN)
     W_dec /= W_dec.norm(dim=1, keepdim=True)
-    b_enc, b_dec, x = 0.1 * normal(D_SAE), 0.1 * normal(D_IN), normal(BATCH, D_IN)
+    b_enc, b_dec = 0.1 * normal(D_SAE), 0.1 * normal(D_IN)
     b_enc[:2] += 3  # on most rows
-    start = (W_dec.clone(), W_dec, b_enc, b_dec)
-    held = [tensor.double().requires_grad_() for tensor in start]
-    step = form(*start, k=K, batch_size=BATCH, precision="float32", deterministic=True)
+    start = [W_dec.clone(), W_dec, b_enc, b_dec]
+    return start, [tensor.double().requires_grad_() for tensor in start]
+
+
+@contextmanager
+def _in_full_float32() -> Iterator[None]:
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        loss = step(x)
+        yield
     finally:
         torch.set_float32_matmul_precision(precision)
+
+
+def _gradients_off(step: FusedTopKStep, loss: Tensor, wanted: Tensor, held: list[Tensor]) -> float:
+    """The gradients are what Adam's first moment holds of after a step, times 1 / 0.1."""
+    grads = list(torch.autograd.grad(wanted, held))
+    grads[1] = grads[1] - (grads[1] * held[1]).sum(1, keepdim=True) * held[1].detach()
+    ours = [10 * step.state[name]["exp_avg"] for name in ("W_enc_T", "W_dec", "b_enc", "b_dec")]
+    off = [_distance(one, other) for one, other in zip(ours, grads, strict=True)]
+    return max(*off, _distance(loss, wanted))
+
+
+def _step(form: type[FusedTopKStep], normal: Normal) -> float:
+    (start, held), x = _start(normal), normal(BATCH, D_IN)
+    step = form(*start, k=K, batch_size=BATCH, precision="float32", deterministic=True)
+    with _in_full_float32():
+        loss = step(x)
     # With the code that it chose: whether that is right is asked of `topk` and `batch_topk`.
     indices, offsets = step.code()
     centred = x.double() - held[3]
     pre = centred @ held[0].T + held[2]
     kept = pre.gather(1, indices) if offsets is None else pre[rows_of(offsets), indices]
     error = centred - reference.sparse_decode(kept.relu(), indices, held[1], offsets)
+    return _gradients_off(step, loss, error.square().sum(1).mean(), held)
+
+
+def _jumprelu_step(normal: Normal) -> float:
+    (start, held), x = _start(normal), normal(BATCH, D_IN)
+    level, penalty = 2 + normal(D_SAE).abs(), 0.1
+    factor, half = torch.full_like(start[3][0], 0.9), torch.full_like(start[3][0], 0.2)
+    step = FusedJumpReLUStep(
+        *start,
+        level=level.clone(),
+        factor=factor,
+        half=half,
+        k=K,
+        batch_size=BATCH,
+        precision="float32",
+        deterministic=True,
+    )
+    assert step.jump is not None
+    step.jump[2] = penalty
+    with _in_full_float32():
+        loss = step(x)
+    threshold = level * factor
+    # As its own sums of products, rounded, have it.
+    fires, near = step._pre > threshold, (step._pre > threshold - half)
+    near &= step._pre < threshold + half
+    centred = x.double() - held[3]
+    z = ((centred @ held[0].T + held[2]) * fires).requires_grad_()
+    error = centred - z @ held[1]
     wanted = error.square().sum(1).mean()
-    grads = list(torch.autograd.grad(wanted, held))
-    grads[1] = grads[1] - (grads[1] * held[1]).sum(1, keepdim=True) * held[1].detach()
-    ours = [10 * step.state[name]["exp_avg"] for name in ("W_enc_T", "W_dec", "b_enc", "b_dec")]
-    off = [_distance(one, other) for one, other in zip(ours, grads, strict=True)]
-    return max(*off, _distance(loss, wanted))
+    (d_z,) = torch.autograd.grad(wanted, z, retain_graph=True)
+    pull = threshold * (d_z * near).sum(0) + penalty * near.sum(0)
+    levels = _distance(10 * step.state["level"]["exp_avg"], -factor * pull / (2 * half))
+    return max(levels, _gradients_off(step, loss, wanted, held))
 
 
 CHECKS: dict[str, Callable[[Normal], float]] = {
@@ -139,4 +186,5 @@ CHECKS: dict[str, Callable[[Normal], float]] = {
     "matching pursuit": _pursuit,
     "fused TopK step": partial(_step, FusedTopKStep),
     "fused BatchTopK step": partial(_step, FusedBatchTopKStep),
+    "fused JumpReLU step": _jumprelu_step,
 }

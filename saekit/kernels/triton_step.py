@@ -20,7 +20,7 @@ Axes: batch, d_in, d_sae, k, chunk, program (of a kernel's launch), part (some r
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -41,6 +41,7 @@ from saekit.kernels.triton_decode import (
     row_config,
 )
 from saekit.kernels.triton_index import HEAVY, LatentIndex, multiprocessors, power
+from saekit.kernels.triton_jump_select import JumpSearch, jump_fill, jump_search
 from saekit.kernels.triton_select import (
     SelectConfig,
     select_candidates,
@@ -62,6 +63,8 @@ _RESIDUAL_PARTS = 64
 _ENCODER_PARTS = 32
 _BIAS_COLUMNS = 64
 _SPLIT_ROWS = 8_192
+_MOST_PARAMETERS = 5
+_LEAST_PLACES = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,15 @@ class FusedTopKStep:
 
     _RAGGED = False
     """Whether rows keep different numbers of latents."""
+    _DISTINCT = True
+    """Whether the index may hold a map of a row's places for each latent that has many entries."""
+    _offsets: Tensor | None = None
+    _ends: Tensor | None = None
+    """Where rows begin, and where what fires of them ends; of a ragged code."""
+    _firing: Tensor | None = None
+    """How many of a latent's entries fire, where not all do."""
+    jump: Tensor | None = None
+    """Of JumpReLU: see `FusedJumpReLUStep`."""
 
     def __init__(
         self,
@@ -129,6 +141,7 @@ class FusedTopKStep:
         *,
         k: int,
         batch_size: int,
+        level: Float[Tensor, " d_sae"] | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -152,6 +165,8 @@ class FusedTopKStep:
             "b_enc": b_enc.detach(),
             "b_dec": b_dec.detach(),
         }
+        if level is not None:
+            self.parameters["level"] = level.detach()
         self.d_sae, self.d_in = W_dec.shape
         self.k, self.batch_size, self.device = k, batch_size, W_dec.device
         self.betas, self.eps, self.clip_norm = betas, eps, clip_norm
@@ -208,30 +223,14 @@ class FusedTopKStep:
         sms = multiprocessors(self.device)
         self._programs = sms * row.programs
         self._heavy_programs = sms * max(1, row.programs // 2)
-        self._index = LatentIndex(
-            d_sae,
-            batch_size * k,
-            self.device,
-            deterministic=deterministic,
-            distinct=batch_size,
-            ragged=self._RAGGED,
-            heavy=self.config.heavy,
-        )
-        shape = (batch_size * k,) if self._RAGGED else (batch_size, k)
-        self._values = new(*shape, dtype=low)
-        self._indices = new(*shape, dtype=torch.int32)
-        self._rank = self._index.rank.view(shape)
-        self._offsets: Tensor | None = None
-        self._rows: Tensor | None = None
-        if self._RAGGED:
-            self._offsets = new(batch_size + 1, dtype=torch.int64)
-            self._rows = new(*shape, dtype=torch.int32)
+        self._low, self._deterministic = low, deterministic
+        self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
+        self._compiled: set[tuple[str, int]] = set()
+        self._make_places(self._places())
         self._pre = new(self.rows_at_once, d_sae, dtype=low)
         self._centred = new(batch_size, d_in, dtype=low)
         self._residual = new(batch_size, d_in, dtype=low)
         self._losses = new(-(-d_in // self.config.decode.columns), batch_size)
-        self._chunk_rows = new(self._index.n_chunks, 2, d_in)
-        self._chunk_sums = new(self._index.n_chunks, 2)
         self._pre_bias = new(self._programs, d_in)
         self._parts = new(_RESIDUAL_PARTS + _ENCODER_PARTS, d_in)
         self._squares = new(self._programs + -(-d_in // _BIAS_COLUMNS))
@@ -241,9 +240,36 @@ class FusedTopKStep:
         self._hyper = torch.ones(5, device=self.device)
         self._revival: dict[int, AuxKGradients] = {}
         self._wants_graph = graph and self.device.type == "cuda"
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._compiled: set[int] = set()
         self._x: Tensor | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """What a form of its own needs beside."""
+
+    def _places(self) -> int:
+        """Entries of a code that there is room for."""
+        return self.batch_size * self.k
+
+    def _make_places(self, n_entries: int) -> None:
+        """Room for so many entries, and for what is summed up of them."""
+        self._index = LatentIndex(
+            self.d_sae,
+            n_entries,
+            self.device,
+            deterministic=self._deterministic,
+            distinct=self._DISTINCT * self.batch_size,
+            ragged=self._RAGGED,
+            heavy=self.config.heavy,
+        )
+        shape = (n_entries,) if self._RAGGED else (self.batch_size, self.k)
+        self._values = torch.zeros(shape, dtype=self._low, device=self.device)
+        self._indices = torch.zeros(shape, dtype=torch.int32, device=self.device)
+        self._rank = self._index.rank.view(shape)
+        self._rows = torch.zeros_like(self._indices) if self._RAGGED else None
+        n_chunks = self._index.n_chunks
+        self._chunk_rows = torch.zeros(n_chunks, 2, self.d_in, device=self.device)
+        self._chunk_sums = torch.zeros(n_chunks, 4, device=self.device)
+        self._graphs.clear()
 
     def _check(self, precision: str) -> None:
         W_dec = self.parameters["W_dec"]
@@ -362,40 +388,58 @@ class FusedTopKStep:
     @torch.no_grad()
     def __call__(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
         """Takes a step; the loss is of before it, and is written over by the next."""
+        x = self._held(x)
+        if self._dead_count is not None:
+            self._room = room_for(self._dead_count.bound(), self.d_sae)
+        self._take(x)
+        return self.loss
+
+    def _held(self, x: Tensor) -> Tensor:
+        """The batch where a graph finds it."""
         if x.shape != (self.batch_size, self.d_in):
             raise ConfigError(
                 f"the fused step was made for batches of ({self.batch_size}, {self.d_in}), and "
                 f"this one is {tuple(x.shape)}"
             )
-        if self._dead_count is not None:
-            self._room = room_for(self._dead_count.bound(), self.d_sae)
         if not self._wants_graph:
-            self._step(x.contiguous())
-            return self.loss
+            return x.contiguous()
         if self._x is None or self._x.dtype != x.dtype:
             self._x = torch.empty_like(x, memory_format=torch.contiguous_format)
             self._graphs.clear()
-        self._x.copy_(x)
-        if self._room in self._graphs:
-            self._graphs[self._room].replay()
-        elif self._room not in self._compiled:
+        return self._x.copy_(x)
+
+    def _take(self, x: Tensor) -> None:
+        self._launch(self._step, x)
+
+    def _launch(self, part: Callable[[Tensor], None], x: Tensor) -> None:
+        """A part of a step, as a graph from the second time on."""
+        key = part.__name__, self._room
+        if key in self._graphs:
+            self._graphs[key].replay()
+        elif key not in self._compiled or not self._wants_graph:
             # Kernels are compiled, and tensors made, before any of it is captured.
-            self._compiled.add(self._room)
-            self._step(self._x)
+            self._compiled.add(key)
+            part(x)
         else:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._step(self._x)
-            self._graphs[self._room] = graph
+                part(x)
+            self._graphs[key] = graph
             graph.replay()
-        return self.loss
 
     def _step(self, x: Tensor) -> None:
+        self._look(x)
+        self._decode(x)
+        self._learn(x)
+
+    def _look(self, x: Tensor) -> None:
         self._prepare(x)
         self._encode()
         self._index_latents()
-        self._decode(x)
+
+    def _learn(self, x: Tensor) -> None:
         self._revive()
+        self._schedule()
         self._share_heavy()
         if self.clip_norm is not None:
             self._update_latents(norm=True)
@@ -404,10 +448,14 @@ class FusedTopKStep:
         self._update_latents()
         self._update_b_dec()
 
+    def _schedule(self) -> None:
+        """The step is taken from here on."""
+        steps: list[Tensor | None] = [slot["step"] for slot in self.state.values()]
+        steps += [None] * (_MOST_PARAMETERS - len(steps))
+        schedule_kernel[(1,)](*steps, self.lr, self._constants, self._hyper, num_warps=1)
+
     def _prepare(self, x: Tensor) -> None:
         self._index.clear()
-        steps = [slot["step"] for slot in self.state.values()]
-        schedule_kernel[(1,)](*steps, self.lr, self._constants, self._hyper, num_warps=1)
         if self._n_candidates is not None:
             triton_candidates.centre(
                 x, self.parameters["b_dec"], self._centred, self._x_low, self._x_scale
@@ -465,7 +513,14 @@ class FusedTopKStep:
 
     def _index_latents(self) -> None:
         k = 0 if self._RAGGED else self.k
-        self._index.build(self._values, self._indices, k=k, rows=self._rows, dead=self._dead)
+        self._index.build(
+            self._values,
+            self._indices,
+            k=k,
+            rows=self._rows,
+            dead=self._dead,
+            firing=self._firing,
+        )
 
     def _decode(self, x: Tensor) -> None:
         decode_residual(
@@ -479,6 +534,7 @@ class FusedTopKStep:
             self._losses,
             scale=1 / self.batch_size,
             config=self.config.decode,
+            ends=self._ends,
         )
         torch.sum(self._losses, (0, 1), out=self.loss)
 
@@ -513,6 +569,8 @@ class FusedTopKStep:
             self._centred,
             self._chunk_rows,
             self._chunk_sums,
+            self._level(),
+            self.jump,
             **self._row_options(),
         )
 
@@ -546,6 +604,9 @@ class FusedTopKStep:
             None if aux is None else aux.slot,
             None if aux is None else aux.rows,
             None if aux is None else aux.bias,
+            self._level(),
+            *self._level_moments(),
+            self.jump,
             self.d_sae,
             2 / self.batch_size,
             *self._adam(),
@@ -603,6 +664,14 @@ class FusedTopKStep:
             return copy, copy.view(torch.int16), self._lower[name]
         return self.parameters[name], copy, copy
 
+    def _level(self) -> Tensor | None:
+        """Of the thresholds that are learnt, where a form has any."""
+        return self.parameters.get("level")
+
+    def _level_moments(self) -> tuple[Tensor | None, Tensor | None]:
+        slot = self.state.get("level", {})
+        return slot.get("exp_avg"), slot.get("exp_avg_sq")
+
     def _adam(self) -> tuple[float, float, float, float, float]:
         # 1 - beta from the full beta: a kernel's arguments are float32.
         one, two = self.betas
@@ -615,15 +684,52 @@ class FusedTopKStep:
             "BLOCK": power(self.d_in),
             "STAGES": row.n_stages,
             "SPLIT": self.split_master,
+            "JUMP": self.jump is not None,
             "num_warps": row.n_warps,
             "maxnreg": row.max_registers,
         }
 
 
+class _Answer:
+    """Whole numbers that the device finds and the host needs to go on."""
+
+    def __init__(self, n: int, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self._held = torch.zeros(n, dtype=torch.int64, pin_memory=on_gpu)
+        self._there = torch.cuda.Event() if on_gpu else None
+
+    def ask(self, found: Int[Tensor, " n"]) -> None:
+        self._held.copy_(found, non_blocking=True)
+        if self._there is not None:
+            self._there.record()
+
+    def wait(self) -> list[int]:
+        if self._there is not None:
+            self._there.synchronize()
+        return [int(number) for number in self._held]
+
+
 class FusedBatchTopKStep(FusedTopKStep):
-    """The same for BatchTopK: the k * batch_size largest entries of a batch are kept."""
+    """The same for BatchTopK: the k * batch_size largest entries of a batch are kept, or
+    `n_kept`."""
 
     _RAGGED = True
+
+    def __init__(self, *parameters: Tensor, n_kept: int | None = None, **options: Any) -> None:
+        self._n_kept = n_kept or options["k"] * options["batch_size"]
+        super().__init__(*parameters, **options)
+
+    def _places(self) -> int:
+        return self._n_kept
+
+    @property
+    def count(self) -> Int[Tensor, " d_sae"]:
+        """Rows of the last batch on which each latent fired."""
+        return self._index.count
+
+    def _begin(self) -> None:
+        self._offsets = torch.zeros(self.batch_size + 1, dtype=torch.int64, device=self.device)
+        self._cut = torch.zeros(2, dtype=torch.int32, device=self.device)
 
     def _encode(self) -> None:
         assert self._rows is not None and self._offsets is not None
@@ -637,4 +743,109 @@ class FusedBatchTopKStep(FusedTopKStep):
             offsets=self._offsets,
             count=self._index.count,
             rank=self._rank,
+            cut=self._cut,
         )
+
+
+class FusedMutualChoiceStep(FusedBatchTopKStep):
+    """BatchTopK with AuxK for latents that `auxk.weight` says, and with that weight. `weigh`, given
+    on how many rows each latent fired, writes it, and returns how many have one. The host waits for
+    that number, while the device decodes."""
+
+    weigh: Callable[[Int[Tensor, " d_sae"]], Int[Tensor, ""]]
+
+    def _begin(self) -> None:
+        super()._begin()
+        self._weighed = _Answer(1, self.device)
+        # Which latents there are to revive is not known before the step.
+        self._dead_count = None
+
+    def _take(self, x: Tensor) -> None:
+        self._room = 0
+        self._launch(self._look, x)
+        self._weighed.ask(self.weigh(self.count)[None])
+        self._launch(self._decode, x)
+        self._room = room_for(self._weighed.wait()[0], self.d_sae)
+        self._launch(self._learn, x)
+
+
+class FusedJumpReLUStep(FusedTopKStep):
+    """The same for JumpReLU (`trainers.jumprelu`, penalty "l0"), whose thresholds learn, too.
+
+    What threshold and window are is `jump`: thresholds are `level * jump[0]`, the window's half is
+    `jump[1]`, and jump[2] weighs the penalty on what fires, by the batch. How many entries a batch
+    keeps depends on the batch, so a step has two halves: `look(x)` says how many, for which the
+    host waits, and, unless that is too many, `take()` takes the step. `k` says about how many
+    fire a row.
+    """
+
+    _RAGGED = True
+    _DISTINCT = False  # a map would be large
+
+    def __init__(self, *parameters: Tensor, factor: Tensor, half: Tensor, **options: Any) -> None:
+        self.jump = torch.stack([factor, half, torch.zeros_like(half)]).float()
+        super().__init__(*parameters, **options)
+
+    def _places(self) -> int:
+        return _LEAST_PLACES
+
+    def _begin(self) -> None:
+        self._found = JumpSearch.of(self.batch_size, self.d_sae, self.device)
+        self._offsets, self._ends = self._found.offsets, self._found.ends
+        self._firing = torch.zeros(self.d_sae, dtype=torch.int32, device=self.device)
+        self._answer = _Answer(2, self.device)
+
+    @property
+    def l0(self) -> Float[Tensor, ""]:
+        return self._found.totals[1] / self.batch_size
+
+    def __call__(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
+        self.look(x)
+        return self.take()
+
+    @torch.no_grad()
+    def look(self, x: Float[Tensor, "batch d_in"]) -> int:
+        """How many entries of a batch fire or move a threshold. Nothing has changed yet."""
+        self._batch = self._held(x)
+        self._room = 0
+        self._launch(self._search, self._batch)
+        self._answer.ask(self._found.totals)
+        self._n_kept = self._answer.wait()[0]
+        return self._n_kept
+
+    @torch.no_grad()
+    def take(self) -> Float[Tensor, ""]:
+        """The step on the batch that was looked at; the loss, without penalty and AuxK."""
+        held = self._values.numel()
+        if not self._n_kept <= held <= max(_LEAST_PLACES, 8 * self._n_kept):
+            self._make_places(max(_LEAST_PLACES, power(self._n_kept)))
+        if self._dead_count is not None:
+            self._room = room_for(self._dead_count.bound(), self.d_sae)
+        self._launch(self._rest, self._batch)
+        return self.loss
+
+    def _search(self, x: Tensor) -> None:
+        self._prepare(x)
+        W_enc = self._copies["W_enc_T"].t()
+        torch.addmm(self._copies["b_enc"], self._centred, W_enc, out=self._pre)
+        assert self.jump is not None
+        jump_search(self._pre, self.parameters["level"], self.jump, self._found)
+
+    def _rest(self, x: Tensor) -> None:
+        assert self.jump is not None and self._rows is not None and self._firing is not None
+        self._firing.zero_()
+        jump_fill(
+            self._pre,
+            self.parameters["level"],
+            self.jump,
+            self._found,
+            values=self._values,
+            indices=self._indices,
+            rows=self._rows,
+            count=self._index.count,
+            rank=self._rank,
+            firing=self._firing,
+        )
+        self._index_latents()
+        self._decode(x)
+        self._learn(x)

@@ -15,12 +15,14 @@ import triton.language as tl
 
 @triton.jit
 @no_type_check
-def schedule_kernel(step_0, step_1, step_2, step_3, lr, constants, hyper):
+def schedule_kernel(step_0, step_1, step_2, step_3, step_4, lr, constants, hyper):
     step = tl.load(step_0) + 1
     tl.store(step_0, step)
     tl.store(step_1, step)
     tl.store(step_2, step)
     tl.store(step_3, step)
+    if step_4 is not None:
+        tl.store(step_4, step)
     power_1 = tl.exp(step.to(tl.float64) * tl.load(constants))
     power_2 = tl.exp(step.to(tl.float64) * tl.load(constants + 1))
     rate = tl.load(lr)
@@ -82,28 +84,50 @@ def _sum_entries(
     centred,
     column,
     inside,
+    near,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
+    JUMP: tl.constexpr,
 ):
     # Of a latent's entries [first, first + n), before scaling: its gradients in W_dec, W_enc and
-    # b_enc, and the product of the first with its row.
+    # b_enc, and the product of the first with its row. JUMP: of entries of value 0 only what they
+    # say of the threshold counts; of those from 0 up to `near`, the sum of d_z, and their number.
     d_dec = tl.zeros([BLOCK], tl.float32)
     d_enc = tl.zeros([BLOCK], tl.float32)
     d_bias = 0.0
     along = 0.0
+    pull = 0.0
+    n_near = 0.0
     for i in tl.range(first, first + n, num_stages=STAGES):
         at = tl.load(row + i).to(tl.int64) * D + column
         z = tl.load(value + i)
         error = tl.load(residual + at, mask=inside, other=0.0, eviction_policy="evict_last")
-        entry = tl.load(centred + at, mask=inside, other=0.0, eviction_policy="evict_last")
+        needed = inside
+        if JUMP:
+            needed = column < tl.where(z > 0, D, 0)
+        entry = tl.load(centred + at, mask=needed, other=0.0, eviction_policy="evict_last")
         error = error.to(tl.float32)
         d_z = tl.sum(error * weight)
+        if JUMP:
+            pull += tl.where(z < near, d_z, 0.0)
+            n_near += tl.where(z < near, 1.0, 0.0)
+            d_z = tl.where(z > 0, d_z, 0.0)
         d_dec += z * error
         d_enc += d_z * entry.to(tl.float32)
         d_bias += d_z
         along += d_z * z
-    return d_dec, d_enc, d_bias, along
+    return d_dec, d_enc, d_bias, along, pull, n_near
+
+
+@triton.jit
+@no_type_check
+def _near_threshold(level, jump, latent, JUMP: tl.constexpr):
+    # Up to where entries move a latent's threshold.
+    near = 0.0
+    if JUMP:
+        near = tl.load(level + latent) * tl.load(jump) + tl.load(jump + 1)
+    return near
 
 
 @triton.jit
@@ -122,16 +146,20 @@ def chunk_kernel(
     centred,
     chunk_rows,
     chunk_sums,
+    level,
+    jump,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
     SPLIT: tl.constexpr,
+    JUMP: tl.constexpr,
 ):
     column = tl.arange(0, BLOCK)
     inside = column < D
     for chunk in range(tl.program_id(0), tl.load(totals + 1), tl.num_programs(0)):
-        at = tl.load(chunk_latent + chunk).to(tl.int64) * D + column
-        d_dec, d_enc, d_bias, along = _sum_entries(
+        latent = tl.load(chunk_latent + chunk)
+        at = latent.to(tl.int64) * D + column
+        d_dec, d_enc, d_bias, along, pull, n_near = _sum_entries(
             _weights(W_dec, dec_high, dec_low, at, inside, SPLIT),
             tl.load(chunk_start + chunk),
             tl.load(chunk_length + chunk),
@@ -141,15 +169,20 @@ def chunk_kernel(
             centred,
             column,
             inside,
+            _near_threshold(level, jump, latent, JUMP),
             D,
             BLOCK,
             STAGES,
+            JUMP,
         )
         out = chunk_rows + tl.cast(chunk, tl.int64) * (2 * D) + column
         tl.store(out, d_dec, mask=inside)
         tl.store(out + D, d_enc, mask=inside)
-        tl.store(chunk_sums + 2 * chunk, d_bias)
-        tl.store(chunk_sums + 2 * chunk + 1, along)
+        tl.store(chunk_sums + 4 * chunk, d_bias)
+        tl.store(chunk_sums + 4 * chunk + 1, along)
+        if JUMP:
+            tl.store(chunk_sums + 4 * chunk + 2, pull)
+            tl.store(chunk_sums + 4 * chunk + 3, n_near)
 
 
 @triton.jit
@@ -216,6 +249,10 @@ def latent_kernel(
     aux_slot,
     aux_rows,
     aux_bias,
+    level,
+    level_mean,
+    level_square,
+    jump,
     d_sae,
     scale,
     b_1,
@@ -232,9 +269,11 @@ def latent_kernel(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
     SPLIT: tl.constexpr,
+    JUMP: tl.constexpr,
 ):
     # NORM: only the sum of the gradients' squares. SUMS: also db_enc @ W_enc.T, for b_dec.
-    # AUX: adds the gradients of AuxK, which has none for b_dec.
+    # AUX: adds the gradients of AuxK, which has none for b_dec. JUMP: thresholds learn, too; `jump`
+    # says what makes them of levels, half of the window, and the penalty's weight by batch.
     program = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     inside = column < D
@@ -258,16 +297,21 @@ def latent_kernel(
             d_enc = tl.zeros([BLOCK], tl.float32)
             d_bias = 0.0
             along = 0.0
+            pull = 0.0
+            n_near = 0.0
             chunk = tl.load(first_chunk + latent)
             # In one order, whichever program made which.
             for i in range(chunk, chunk + (n + HEAVY - 1) // HEAVY):
                 part = chunk_rows + tl.cast(i, tl.int64) * (2 * D) + column
                 d_dec += tl.load(part, mask=inside, other=0.0)
                 d_enc += tl.load(part + D, mask=inside, other=0.0)
-                d_bias += tl.load(chunk_sums + 2 * i)
-                along += tl.load(chunk_sums + 2 * i + 1)
+                d_bias += tl.load(chunk_sums + 4 * i)
+                along += tl.load(chunk_sums + 4 * i + 1)
+                if JUMP:
+                    pull += tl.load(chunk_sums + 4 * i + 2)
+                    n_near += tl.load(chunk_sums + 4 * i + 3)
         else:
-            d_dec, d_enc, d_bias, along = _sum_entries(
+            d_dec, d_enc, d_bias, along, pull, n_near = _sum_entries(
                 dec,
                 first,
                 n,
@@ -277,9 +321,11 @@ def latent_kernel(
                 centred,
                 column,
                 inside,
+                _near_threshold(level, jump, latent, JUMP),
                 D,
                 BLOCK,
                 STAGES,
+                JUMP,
             )
         if SUMS or not NORM:
             enc = _weights(W_enc, enc_high, enc_low, at, inside, SPLIT)
@@ -297,6 +343,32 @@ def latent_kernel(
                 d_dec += share * (more - tl.sum(more * dec) * dec)
                 d_enc += share * tl.load(part + D, mask=inside, other=0.0)
                 d_bias += share * tl.load(aux_bias + slot)
+        if JUMP:
+            factor = tl.load(jump)
+            own = tl.load(level + latent)
+            # -1 / width is the step's straight-through derivative, times its threshold the jump's.
+            pull = own * factor * scale * pull + share * tl.load(jump + 2) * n_near
+            d_level = -factor * pull / (2 * tl.load(jump + 1))
+            if NORM:
+                squared += d_level * d_level
+            else:
+                own, mean_1, square_1 = _adam(
+                    own,
+                    tl.load(level_mean + latent),
+                    tl.load(level_square + latent),
+                    d_level,
+                    rate,
+                    root,
+                    decay,
+                    b_1,
+                    c_1,
+                    b_2,
+                    c_2,
+                    eps,
+                )
+                tl.store(level_mean + latent, mean_1)
+                tl.store(level_square + latent, square_1)
+                tl.store(level + latent, tl.maximum(own, 0.0))
         if NORM:
             squared += tl.sum(d_dec * d_dec + d_enc * d_enc) + d_bias * d_bias
         else:

@@ -11,6 +11,7 @@ from saekit.kernels import reference
 DEVICE = runpy.run_path(str(Path(__file__).with_name("_interpret.py")))["DEVICE"]
 triton_select = pytest.importorskip("saekit.kernels.triton_select")
 triton_batch_select = pytest.importorskip("saekit.kernels.triton_batch_select")
+triton_jump_select = pytest.importorskip("saekit.kernels.triton_jump_select")
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -166,6 +167,96 @@ def test_batch_topk_keeps_exactly_so_many_and_of_equal_ones_the_first(
             (indices.long(), offsets, values),
             (kept % 131, reference.row_offsets(kept // 131, 13), pre.flatten()[kept]),
         )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_where_the_last_batch_was_cut_says_where_to_look_and_not_what_is_kept(
+    dtype: torch.dtype,
+) -> None:
+    n_kept, shape = 60, (13, 131)
+
+    def integers(n: int) -> Tensor:
+        return torch.full((n,), 7, dtype=torch.int32, device=DEVICE)
+
+    cut = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    # Much larger and much smaller than before, as before, and fewer above 0 than are wanted.
+    for factor in (1, 1, 100, 0.01, -1, 1):
+        pre = preactivations("many alike", *shape)
+        pre = (pre.abs() - 4 if factor < 0 else factor * pre).to(dtype)
+        values, offsets = torch.zeros(n_kept, dtype=dtype, device=DEVICE), integers(14).long()
+        indices, rows, rank = integers(n_kept), integers(n_kept), integers(n_kept)
+        count = torch.zeros(131, dtype=torch.int32, device=DEVICE)
+        triton_batch_select.batch_topk_into(
+            pre,
+            values=values,
+            indices=indices,
+            rows=rows,
+            offsets=offsets,
+            count=count,
+            rank=rank,
+            cut=cut,
+        )
+        flat = pre.double().flatten()
+        kept = flat.sort(descending=True, stable=True).indices[:n_kept]
+        kept = kept[flat[kept] > 0].sort().values
+        latents, ends = kept % 131, reference.row_offsets(kept // 131, 13)
+        total = int(ends[-1])
+        assert total == (n_kept if factor > 0 else int((pre > 0).sum()))
+        same((offsets, indices[:total].long()), (ends, latents))
+        same((rows[:total].long(),), (reference.rows_of(ends),))
+        assert values[:total].equal(pre[rows[:total].long(), latents])
+        assert count.long().equal(torch.bincount(latents, minlength=131))
+        assert bool((rank[:total] >= 0).all()) and bool((rank[total:] == -1).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("batch", "d_sae", "shift"), [(5, 131, 0.0), (1, 1, 9.0), (3, 5_000, -2.5)]
+)
+def test_jump_keeps_what_fires_and_what_is_near_its_threshold(
+    batch: int, d_sae: int, shift: float, dtype: torch.dtype
+) -> None:
+    pre = (preactivations("alike", batch, d_sae) + shift).to(dtype)
+    pre[0] = -9  # a row without any
+    level, jump = torch.rand(d_sae, device=DEVICE), torch.tensor([0.5, 0.3, 0.0], device=DEVICE)
+    found = triton_jump_select.JumpSearch.of(batch, d_sae, torch.device(DEVICE))
+    threshold = level * 0.5
+    for _ in range(2):
+        triton_jump_select.jump_search(pre, level, jump, found)
+    fires, keeps = pre.float() > threshold, pre.float() > threshold - jump[1]
+    assert found.totals.tolist() == [int(keeps.sum()), int(fires.sum())]
+    assert found.offsets.diff().equal(keeps.sum(1))
+    assert (found.ends - found.offsets[:-1]).equal(fires.sum(1))
+    places = int(keeps.sum()) + 3
+    indices, rows, rank = (
+        torch.full((places,), 7, dtype=torch.int32, device=DEVICE) for _ in range(3)
+    )
+    values = torch.full((places,), torch.nan, dtype=dtype, device=DEVICE)
+    count, firing = (torch.zeros(d_sae, dtype=torch.int32, device=DEVICE) for _ in range(2))
+    triton_jump_select.jump_fill(
+        pre,
+        level,
+        jump,
+        found,
+        values=values,
+        indices=indices,
+        rows=rows,
+        count=count,
+        rank=rank,
+        firing=firing,
+    )
+    for row in range(batch):
+        begin, end = found.offsets[row], found.offsets[row + 1]
+        fire, near = (m.nonzero().flatten() for m in (fires[row], keeps[row] & ~fires[row]))
+        assert indices[begin:end].long().equal(torch.cat([fire, near]))
+        assert rows[begin:end].eq(row).all()
+        wanted = torch.cat([pre[row, fire], torch.zeros_like(pre[row, near])])
+        assert values[begin:end].equal(wanted)
+    assert count.long().equal(keeps.sum(0)) and firing.long().equal(fires.sum(0))
+    kept = indices[:-3].long()
+    for latent in kept.unique():
+        assert rank[:-3][kept == latent].sort().values.tolist() == list(range(int(count[latent])))
+    assert rank[-3:].eq(-1).all()
 
 
 @pytest.mark.gpu

@@ -11,13 +11,17 @@ import torch
 
 from saekit import ActivationCache, train
 from saekit.errors import ConfigError
+from saekit.trainers import _fused
 from saekit.trainers._base import Batch, Step
 from saekit.trainers._fused import FusedStep
 from saekit.trainers._resume_check import check_resume
 from saekit.trainers._run import _optimiser
 from saekit.trainers._step import EagerStep
-from saekit.trainers.batch_topk import BatchTopKConfig, BatchTopKTrainer
+from saekit.trainers.batch_topk import BatchTopKTrainer
+from saekit.trainers.feature_choice import FeatureChoiceConfig, FeatureChoiceTrainer
 from saekit.trainers.gradient_topk import GradientTopKConfig, GradientTopKTrainer
+from saekit.trainers.jumprelu import JumpReLUTrainer
+from saekit.trainers.mutual_choice import MutualChoiceTrainer
 from saekit.trainers.topk import TopKConfig, TopKTrainer
 from saekit.trainers.variational import VariationalConfig, VariationalTrainer
 
@@ -27,6 +31,15 @@ triton_step = pytest.importorskip("saekit.kernels.triton_step")
 
 BATCH, D_IN = 6, 8
 
+KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "topk": (TopKTrainer, {"k": 2}),
+    "batch_topk": (BatchTopKTrainer, {"k": 2}),
+    "mutual_choice": (MutualChoiceTrainer, {"k": 2, "budget": 13, "density_rate": 0.4}),
+    "mutual_choice without zipf": (MutualChoiceTrainer, {"k": 2, "zipf": False}),
+    "jumprelu": (JumpReLUTrainer, {"l0_coef": 0.1, "sparsity_warmup": 0.0}),
+    "jumprelu to an L0": (JumpReLUTrainer, {"target_l0": 2.0, "bandwidth": 0.3}),
+}
+
 
 @pytest.fixture(autouse=True)
 def few_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,12 +48,14 @@ def few_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(triton_step, "_RESIDUAL_PARTS", 3)
         monkeypatch.setattr(triton_step, "_ENCODER_PARTS", 2)
         monkeypatch.setattr(triton_step, "row_config", lambda _: triton_step.RowConfig(1, 2, 2))
+        monkeypatch.setattr(triton_step, "_LEAST_PLACES", 16)
+    # Else the few entries of these batches would be many.
+    monkeypatch.setattr(_fused, "DENSE_ABOVE", 1.0)
 
 
-def made(
-    kind: Any, fused: bool, **options: Any
-) -> tuple[TopKTrainer | BatchTopKTrainer, torch.optim.Optimizer, Step]:
-    values: dict[str, Any] = {"d_sae": 14, "k": 2, "batch_size": BATCH, "dead_after": 12}
+def made(name: str, fused: bool, **options: Any) -> tuple[Any, torch.optim.Optimizer, Step]:
+    kind, own = KINDS[name]
+    values: dict[str, Any] = {"d_sae": 14, "batch_size": BATCH, "dead_after": 12, **own}
     cfg = kind.Config(**values | {"precision": "float32", **options})
     torch.manual_seed(3)
     trainer = kind(cfg, D_IN)
@@ -66,45 +81,95 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", [TopKTrainer, BatchTopKTrainer])
-@pytest.mark.parametrize("case", CASES)
-def test_fused_steps_are_those_of_autograd_dead_latents_with_them(
-    case: str, kind: type[TopKTrainer | BatchTopKTrainer], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    results = []
-    batches = [torch.randn(BATCH, D_IN, device=DEVICE) for _ in range(5)]
-    for fused in (False, True):
-        monkeypatch.setenv("SAEKIT_KERNELS", "triton" if fused else "eager")
-        trainer, optimiser, step = made(kind, fused, **CASES[case])
-        losses = []
-        for number, x in enumerate(batches):
-            losses.append(step(Batch(x), 1e-2 / (1 + number)))
-        step.settle()
-        moments = [
-            optimiser.state[p][key]
-            for p in trainer.parameters()
-            for key in ("step", "exp_avg", "exp_avg_sq")
-        ]
-        results.append(
-            {
-                **{f"loss {i} {n}": t for i, one in enumerate(losses) for n, t in one.items()},
-                **dict(trainer.state_dict()),
-                **{f"moment {i}": t for i, t in enumerate(moments)},
-                "clipped": step.clipped,
-                "l0": trainer.l0,
-                "lr": torch.tensor(optimiser.param_groups[0]["lr"]),
-            }
-        )
-    theirs, ours = results
+def after_steps(name: str, fused: bool, **options: Any) -> dict[str, Any]:
+    """All that a run has after a few steps."""
+    trainer, optimiser, step = made(name, fused, **options)
+    torch.manual_seed(4)
+    losses = []
+    for number in range(6):
+        trainer.step = number
+        x = torch.randn(BATCH, D_IN, device=DEVICE)
+        losses.append(step(Batch(x), 1e-2 / (1 + number)))
+    step.settle()
+    moments = [
+        optimiser.state[p][key]
+        for p in trainer.parameters()
+        for key in ("step", "exp_avg", "exp_avg_sq")
+    ]
+    return {
+        **{f"loss {i} {n}": t for i, one in enumerate(losses) for n, t in one.items()},
+        **dict(trainer.state_dict()),
+        **{f"moment {i}": t for i, t in enumerate(moments)},
+        "clipped": step.clipped,
+        "l0": trainer.l0,
+        "lr": torch.tensor(optimiser.param_groups[0]["lr"]),
+    }
+
+
+def same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     assert ours.keys() == theirs.keys()
     for name, wanted in theirs.items():
         torch.testing.assert_close(ours[name], wanted, rtol=1e-4, atol=1e-5, msg=name)
-    assert int(theirs["dead.since"].max()) == 5 * BATCH
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("case", CASES)
+def test_fused_steps_are_those_of_autograd_dead_latents_with_them(
+    case: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    for backend in ("eager", "triton"):
+        monkeypatch.setenv("SAEKIT_KERNELS", backend)
+        results.append(after_steps(name, backend == "triton", **CASES[case]))
+    theirs, ours = results
+    same(ours, theirs)
+    assert int(theirs["dead.since"].max()) == 6 * BATCH
     if case.startswith("auxk"):
-        assert theirs["loss 4 auxk"] > 0
-        assert theirs["loss 0 auxk"] == 0
+        revival = "aux_zipf" if name == "mutual_choice" else "auxk"
+        assert theirs[f"loss 5 {revival}"] > 0
+        assert theirs[f"loss 0 {revival}"] == 0
     if "clip_norm" in CASES[case]:
         assert theirs["clipped"] > 0
+
+
+@pytest.mark.parametrize("name", ["batch_topk", "jumprelu"])
+@pytest.mark.parametrize("clip_norm", [None, 2.0])
+def test_latents_with_many_entries_are_shared_among_programs(
+    name: str, clip_norm: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = triton_step.step_config
+    monkeypatch.setattr(triton_step, "step_config", lambda *shape: replace(usual(*shape), heavy=2))
+    monkeypatch.setenv("SAEKIT_KERNELS", "eager")
+    theirs = after_steps(name, False, clip_norm=clip_norm)
+    monkeypatch.setenv("SAEKIT_KERNELS", "triton")
+    same(after_steps(name, True, clip_norm=clip_norm), theirs)
+
+
+def test_a_jumprelu_goes_to_and_fro_between_eager_and_fused_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = {"l0_coef": 0.1, "threshold_init": 0.5, "bandwidth": 0.2}
+    monkeypatch.setenv("SAEKIT_KERNELS", "eager")
+    theirs = after_steps("jumprelu", False, **options)
+    monkeypatch.setenv("SAEKIT_KERNELS", "triton")
+    taken: list[str] = []
+    for form, method in ((_fused.EagerStep, "__call__"), (triton_step.FusedJumpReLUStep, "take")):
+        monkeypatch.setattr(form, method, noting(getattr(form, method), form.__name__, taken))
+    for most in (0.25, 0.3, 0.35):
+        taken.clear()
+        monkeypatch.setattr(_fused, "DENSE_ABOVE", most)
+        same(after_steps("jumprelu", True, **options), theirs)
+        if len(set(taken)) == 2:
+            break
+    assert len(set(taken)) == 2, "one of the shares lies between the batches' own"
+
+
+def noting(call: Any, name: str, into: list[str]) -> Any:
+    def noted(*args: Any) -> Any:
+        into.append(name)
+        return call(*args)
+
+    return noted
 
 
 def test_a_run_by_fused_steps_is_that_of_the_eager_path(
@@ -125,18 +190,25 @@ def test_a_run_by_fused_steps_is_that_of_the_eager_path(
 
 
 @pytest.mark.parametrize(
-    ("options", "reason"),
-    [({"freeze": "decoder"}, "freeze='decoder'"), ({"revive": "ghost"}, "revive='ghost'")],
+    ("name", "options", "reason"),
+    [
+        ("topk", {"freeze": "decoder"}, "freeze='decoder'"),
+        ("topk", {"revive": "ghost"}, "revive='ghost'"),
+        ("jumprelu", {"penalty": "tanh"}, "penalty='tanh'"),
+        ("jumprelu", {"pre_act_coef": 1e-6}, "pre_act_coef=1e-06"),
+        ("jumprelu", {"economy": True}, "its first steps are eager, and economy is for fused ones"),
+    ],
 )
 def test_what_has_no_fused_step_is_said(
+    name: str,
     options: dict[str, Any],
     reason: str,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("SAEKIT_KERNELS", "triton")
-    cfg = TopKConfig(d_sae=14, k=2, batch_size=BATCH, **options)
-    trainer = TopKTrainer(cfg, D_IN)
+    kind, own = KINDS[name]
+    trainer = kind(kind.Config(d_sae=14, batch_size=BATCH, **own, **options), D_IN)
     with caplog.at_level(logging.INFO):
         assert trainer.fused_step(torch.optim.Adam(trainer.parameters()), DEVICE) is None
     assert f"eager ({reason})" in caplog.text
@@ -145,6 +217,7 @@ def test_what_has_no_fused_step_is_said(
 def test_kinds_made_from_topk_keep_their_own_losses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAEKIT_KERNELS", "triton")
     for trainer in (
+        FeatureChoiceTrainer(FeatureChoiceConfig(d_sae=14, k=2), D_IN),
         GradientTopKTrainer(GradientTopKConfig(d_sae=14, k=2), D_IN),
         VariationalTrainer(VariationalConfig(d_sae=14, k=2), D_IN),
     ):
@@ -164,19 +237,23 @@ def test_economy_without_fused_steps_is_refused(
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("economy", [False, True])
 @pytest.mark.parametrize("revive", ["none", "auxk", "resample"])
-@pytest.mark.parametrize("config", [TopKConfig, BatchTopKConfig])
+@pytest.mark.parametrize("name", KINDS)
 def test_a_run_that_is_stopped_ends_in_the_same_bits(
     planted: ActivationCache,
-    config: type[TopKConfig | BatchTopKConfig],
+    name: str,
     revive: Any,
     precision: Any,
     economy: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("SAEKIT_KERNELS", "triton")
-    cfg = config(
+    kind, own = KINDS[name]
+    if economy and kind is JumpReLUTrainer:
+        pytest.skip("JumpReLU has no economy")
+    sizes = {key: type(value)(4) for key, value in own.items() if key in ("k", "target_l0")}
+    cfg = kind.Config(
+        **own | sizes | ({"budget": 1_000} if "budget" in own else {}),
         d_sae=512,
-        k=4,
         batch_size=256,
         revive=revive,
         resample_every=5,
@@ -189,17 +266,21 @@ def test_a_run_that_is_stopped_ends_in_the_same_bits(
 @pytest.mark.gpu
 @pytest.mark.parametrize("economy", [False, True])
 @pytest.mark.parametrize("revive", ["none", "auxk", "resample"])
-@pytest.mark.parametrize("config", [TopKConfig, BatchTopKConfig])
+@pytest.mark.parametrize("name", KINDS)
 def test_in_bfloat16_a_run_learns_as_well_as_the_eager_path(
     planted: ActivationCache,
-    config: type[TopKConfig | BatchTopKConfig],
+    name: str,
     revive: Any,
     economy: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    cfg = config(
+    kind, own = KINDS[name]
+    if economy and kind is JumpReLUTrainer:
+        pytest.skip("JumpReLU has no economy")
+    sizes = {key: type(value)(3) for key, value in own.items() if key in ("k", "target_l0")}
+    cfg = kind.Config(
+        **own | sizes | ({"budget": 1_500} if "budget" in own else {}),
         d_sae=256,
-        k=3,
         n_tokens=100_000,
         batch_size=500,
         lr=3e-3,
