@@ -296,7 +296,8 @@ def _on(lines: list[Line]) -> str:
     if not lines:
         return ""
     found = dict.fromkeys(
-        f"{line['hardware']}, torch {line['versions']['torch']}" for line in lines
+        f"{line.get('hardware') or line['gpu']}, torch {line['versions']['torch']}"
+        for line in lines
     )
     return f"On {'; '.join(found)}.\n\n"
 
@@ -315,6 +316,25 @@ def _figures_of(line: Line) -> tuple[str, str, str, str]:
         f"{line['peak_gib']:.1f}" if "peak_gib" in line else "",
         f"{line['ratio']:.2f}" if "ratio" in line else "",
     )
+
+
+def pursuit(results: dict[str, list[Line]]) -> str:
+    """Training steps of matching pursuit."""
+    lines = [line for line in results.get("pursuit", []) if line.get("part") == "step"]
+    rows = [
+        (
+            f"{line['shape']}: {line['d_in']:,} x {line['d_sae']:,}, {line['steps']} atoms",
+            line["way"],
+            f"{line['batch_size']:,}",
+            f"{line['ms']['median']:,.1f} ({line['ms']['min']:,.1f} to {line['ms']['max']:,.1f})",
+            f"{line['tokens_per_s']:,}",
+            f"{line['peak_gib']:.2f}",
+            f"{line['mib_per_token']:.2f}",
+        )
+        for line in newest(lines, "gpu", "shape", "way", "batch_size", "dtype")
+    ]
+    columns = ("shape", "scores", "batch", "ms (least to most)", "tokens/s", "peak GiB")
+    return _on(lines) + markdown((*columns, "MiB a token"), rows)
 
 
 def growth(results: dict[str, list[Line]]) -> str:
@@ -474,6 +494,7 @@ PAGES: dict[str, dict[str, Callable[[dict[str, list[Line]]], str]]] = {
     },
     KERNELS: {
         "step": fused_step,
+        "pursuit": pursuit,
         "growth": growth,
         "largest": most_latents,
         "equivalence": equivalence,

@@ -214,9 +214,10 @@ class FusedJumpReLU(FusedStep):
         super().__init__(trainer, optimiser, k, device)
         self._eager = EagerStep(trainer.cfg, trainer, optimiser, device)
         self._eager.clipped = self.clipped
-        self._most = round(DENSE_ABOVE * trainer.cfg.batch_size * trainer.cfg.d_sae)
         self._fused = True
         """Whether the last step was; what is split is else held by the trainer alone."""
+        self._density: float | None = None
+        """Of the last batch, where its step was fused; else the trainer has it on the device."""
 
     def _form(self, *parameters: Tensor, **options: Any) -> Any:
         from saekit.kernels.triton_step import FusedJumpReLUStep
@@ -228,36 +229,34 @@ class FusedJumpReLU(FusedStep):
 
     def __call__(self, batch: Batch, lr: float) -> dict[str, Tensor]:
         trainer, step = self._trainer, self._step
-        entries = trainer.cfg.batch_size * trainer.cfg.d_sae
-        # By what the last batch had, which is kept and resumed with the rest.
-        if float(trainer.density) * entries > self._most:
-            return self._step_eagerly(batch, lr)
+        # What the last batch had decides, which is kept and resumed with the rest.
+        density = float(trainer.density) if self._density is None else self._density
+        if density > DENSE_ABOVE:
+            if self._fused:
+                self.settle()
+                self._fused, self._density = False, None
+            return self._eager(batch, lr)
         if not self._fused:
-            self._step.take_over()
+            step.take_over()
             self._fused = True
-        n = step.look(batch.x)
-        if n > self._most:
-            return self._step_eagerly(batch, lr)
-        trainer.density.fill_(n / entries)
+        step.look(batch.x)
+        # While the device looks.
         self._begin(lr)
         l0 = step.l0
         weight = trainer.coefficient.weigh(l0, trainer.step)
         torch.div(weight, trainer.cfg.batch_size, out=step.jump[2])
+        self._density = step.found() / (trainer.cfg.batch_size * trainer.cfg.d_sae)
+        trainer.density.fill_(self._density)
         step.take()
         losses = self._losses()
         return {"mse": losses.pop("mse"), "sparsity": weight * l0, **losses}
-
-    def _step_eagerly(self, batch: Batch, lr: float) -> dict[str, Tensor]:
-        if self._fused:
-            self.settle()
-            self._fused = False
-        return self._eager(batch, lr)
 
     def settle(self) -> None:
         if self._fused:
             super().settle()
 
     def take_over(self) -> None:
+        self._density = None
         if self._fused:
             super().take_over()
 

@@ -2,8 +2,8 @@
 `pre` as a whole.
 
 That reading finds the largest of each group of neighbouring entries. A sample of `pre`, or the
-batch before, gives a bound that somewhat more entries exceed than are kept, and only groups whose
-largest exceeds it are looked into again: by a histogram of their entries' keys (see
+batch before, gives a bound that somewhat more entries reach than are kept, and only groups whose
+largest reaches it are looked into again: by a histogram of their entries' keys (see
 `triton_select`), which says where to cut; then to count, and then to write, what each row keeps.
 Where the bound misled, a second histogram looks into all groups with an entry above 0.
 
@@ -28,8 +28,11 @@ from saekit.kernels.triton_select import key_of, keys_of
 _GROUP = 32
 _AT_ONCE = 256
 """Groups whose largest a program finds at a time."""
-_CHUNK = 64
-"""Groups that a program looks into at a time."""
+_CHUNK = 8
+"""Groups that a program looks into at a time. Of one warp, and so few that many programs run at a
+time: what a row keeps is little, and what takes long is to wait for it."""
+_KEPT_BLOCK = 64
+"""Kept entries of a row that are written at a time."""
 _BINS = 1 << 15
 _SAMPLE = 1 << 18
 _MARGIN = 8
@@ -101,7 +104,6 @@ def _search(pre: Tensor, n_kept: int, offsets: Tensor, cut: Tensor, margin: int)
     n_groups = -(-d_sae // _GROUP)
     largest = keys.new_empty(batch, n_groups)
     at_once = min(_AT_ONCE, power(n_groups))
-    _largest_kernel[(batch,)](keys, largest, d_sae, n_groups, GROUP=_GROUP, AT_ONCE=at_once)
     small = n_groups < 1 << 15
     groups = torch.empty(
         batch, n_groups, dtype=torch.int16 if small else torch.int32, device=device
@@ -113,27 +115,38 @@ def _search(pre: Tensor, n_kept: int, offsets: Tensor, cut: Tensor, margin: int)
     counters = torch.zeros(3 * batch + 1 + _BINS + fine, dtype=torch.int32, device=device)
     sizes = (batch, batch, batch, 1, _BINS, fine)
     marked, larger, equal, found, bins, fine_bins = counters.split(sizes)
-    blocks = {"GROUP": _GROUP, "CHUNK": min(_CHUNK, power(n_groups))}
-    looked = (keys, largest, groups, marked, bins, found, cut, n_kept, d_sae, n_groups)
+    looked = {"GROUP": _GROUP, "CHUNK": min(_CHUNK, power(n_groups)), "num_warps": 1}
     for again in (False, True):
         # The second does nothing where the first has found enough.
-        _histogram_kernel[(batch,)](
-            *looked,
-            AGAIN=again,
-            SHIFT=shift,
-            MARGIN=margin << shift,
+        begins = {"AGAIN": again, "SHIFT": shift, "MARGIN": margin << shift}
+        _mark_kernel[(batch,)](
+            keys,
+            largest,
+            groups,
+            marked,
+            found,
+            cut,
+            n_kept,
+            d_sae,
+            n_groups,
+            GROUP=_GROUP,
+            AT_ONCE=at_once,
+            EVEN=d_sae % (_GROUP * at_once) == 0,
             GROUPS_BLOCK=power(n_groups),
-            num_warps=8 if n_groups > 1_024 else 4,
-            **blocks,
+            num_warps=4,
+            **begins,
         )
-    _cut_kernel[(1,)](bins, cut, n_kept, N=_BINS, FINE=False, ROUGH=shift > 0, num_warps=32)
+        _histogram_kernel[(batch,)](
+            keys, groups, marked, bins, found, cut, n_kept, d_sae, n_groups, **begins, **looked
+        )
+    _cut_kernel[(1,)](bins, cut, n_kept, N=_BINS, FINE=False, ROUGH=shift > 0, num_warps=16)
     if shift:
         # The rest of the bits, within the bin.
         _inside_kernel[(batch,)](
-            keys, groups, marked, fine_bins, cut, d_sae, n_groups, SHIFT=shift, **blocks
+            keys, groups, marked, fine_bins, cut, d_sae, n_groups, SHIFT=shift, **looked
         )
-        _cut_kernel[(1,)](fine_bins, cut, n_kept, N=fine, FINE=True, ROUGH=False, num_warps=32)
-    _count_kernel[(batch,)](keys, groups, marked, cut, larger, equal, d_sae, n_groups, **blocks)
+        _cut_kernel[(1,)](fine_bins, cut, n_kept, N=fine, FINE=True, ROUGH=False, num_warps=16)
+    _count_kernel[(batch,)](keys, groups, marked, cut, larger, equal, d_sae, n_groups, **looked)
     block = min(_ROWS_AT_ONCE, power(batch))
     _offsets_kernel[(1,)](larger, equal, cut, offsets, n_kept, batch, BLOCK=block, num_warps=8)
     return _Search(groups, marked, cut, equal)
@@ -167,7 +180,9 @@ def _fill(
         n_groups,
         GROUP=_GROUP,
         CHUNK=min(_CHUNK, power(n_groups)),
+        KEPT_BLOCK=_KEPT_BLOCK,
         COUNT=count is not None,
+        num_warps=1,
     )
 
 
@@ -193,10 +208,19 @@ def _cut_kernel(bins, cut, n_kept, N: tl.constexpr, FINE: tl.constexpr, ROUGH: t
     before = 0
     if FINE:
         before = tl.load(cut + 1)
-    n = tl.load(bins + N - 1 - tl.arange(0, N)).to(tl.int64)
-    short = tl.cumsum(n, axis=0) < n_kept - before
-    place = N - 1 - tl.sum(short.to(tl.int32))
-    above = tl.sum(tl.where(short, n, 0)).to(tl.int32)
+    wanted = n_kept - before
+    # From the top: first 256 parts, then the bins of the one in which it lies.
+    part, within = tl.arange(0, 256), tl.arange(0, N // 256)
+    at = (255 - part)[:, None] * (N // 256) + within[None, :]
+    n = tl.sum(tl.load(bins + at).to(tl.int64), axis=1)
+    short = tl.cumsum(n, axis=0) < wanted
+    above = tl.sum(tl.where(short, n, 0))
+    last = 255 - tl.sum(short.to(tl.int32))
+    first = tl.maximum(last, 0) * (N // 256)
+    n = tl.load(bins + first + N // 256 - 1 - within).to(tl.int64)
+    short = above + tl.cumsum(n, axis=0) < wanted
+    place = tl.where(last < 0, -1, first + N // 256 - 1 - tl.sum(short.to(tl.int32)))
+    above = (above + tl.sum(tl.where(short & (last >= 0), n, 0))).to(tl.int32)
     if FINE:
         rough = tl.load(cut)
         place = tl.where((rough < 0) | (place < 0), 0, rough * N + place)
@@ -227,14 +251,60 @@ def _offsets_kernel(larger, equal, cut, offsets, n_kept, batch, BLOCK: tl.conste
 
 @triton.jit
 @no_type_check
-def _largest_kernel(keys, largest, d_sae, n_groups, GROUP: tl.constexpr, AT_ONCE: tl.constexpr):
+def _bound(cut, SHIFT: tl.constexpr, MARGIN: tl.constexpr):
+    # A bound inside a bin would leave part of it uncounted.
+    return tl.maximum((tl.load(cut) - MARGIN) >> SHIFT << SHIFT, 1)
+
+
+@triton.jit
+@no_type_check
+def _mark_kernel(
+    keys,
+    largest,
+    groups,
+    marked,
+    found,
+    cut,
+    n_kept,
+    d_sae,
+    n_groups,
+    AGAIN: tl.constexpr,
+    SHIFT: tl.constexpr,
+    MARGIN: tl.constexpr,
+    GROUP: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    EVEN: tl.constexpr,
+    GROUPS_BLOCK: tl.constexpr,
+):
+    # Marks the groups with a key from the bound on; AGAIN: where too few keys were found, all with
+    # one above 0.
     row = tl.program_id(0).to(tl.int64)
-    within = tl.arange(0, GROUP)
-    for first in range(0, n_groups, AT_ONCE):
-        group = first + tl.arange(0, AT_ONCE)
-        latent = group[:, None] * GROUP + within[None, :]
-        bits = tl.load(keys + row * d_sae + latent, mask=latent < d_sae, other=0)
-        tl.store(largest + row * n_groups + group, tl.max(bits, axis=1), mask=group < n_groups)
+    least = _bound(cut, SHIFT, MARGIN)
+    go = True
+    if AGAIN:
+        go = tl.load(found) < n_kept
+        least = 1
+    else:
+        within = tl.arange(0, GROUP)
+        for first in range(0, n_groups, AT_ONCE):
+            group = first + tl.arange(0, AT_ONCE)
+            latent = group[:, None] * GROUP + within[None, :]
+            if EVEN:
+                bits = tl.load(keys + row * d_sae + latent)
+            else:
+                bits = tl.load(keys + row * d_sae + latent, mask=latent < d_sae, other=0)
+            tl.store(largest + row * n_groups + group, tl.max(bits, axis=1), mask=group < n_groups)
+        # Others wrote what is read now.
+        tl.debug_barrier()
+    if go:
+        group = tl.arange(0, GROUPS_BLOCK)
+        there = group < n_groups
+        top = tl.load(largest + row * n_groups + group, mask=there, other=0)
+        mark = there & (key_of(top) >= least)
+        before = tl.cumsum(mark.to(tl.int32), axis=0)
+        place = groups + row * n_groups + before - 1
+        tl.store(place, group.to(groups.dtype.element_ty), mask=mark)
+        tl.store(marked + row, tl.max(before))
 
 
 @triton.jit
@@ -256,7 +326,6 @@ def _entries(
 @no_type_check
 def _histogram_kernel(
     keys,
-    largest,
     groups,
     marked,
     bins,
@@ -269,40 +338,25 @@ def _histogram_kernel(
     SHIFT: tl.constexpr,
     MARGIN: tl.constexpr,
     GROUP: tl.constexpr,
-    GROUPS_BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    # Marks the groups with a key from a bound on, and counts such keys by their bits above SHIFT.
-    # AGAIN: where too few were found, marks all with a key above 0 and counts those below.
+    # Counts keys from the bound on by their bits above SHIFT; AGAIN: those below it.
     row = tl.program_id(0).to(tl.int64)
-    # A bound inside a bin would leave part of it uncounted.
-    least = tl.maximum((tl.load(cut) - MARGIN) >> SHIFT << SHIFT, 1)
+    least = _bound(cut, SHIFT, MARGIN)
     most = 0x7F800001
-    go = True
+    n = tl.load(marked + row)
     if AGAIN:
-        go = tl.load(found) < n_kept
         most = least - 1
         least = 1
-    if go:
-        group = tl.arange(0, GROUPS_BLOCK)
-        there = group < n_groups
-        top = tl.load(largest + row * n_groups + group, mask=there, other=0)
-        mark = there & (key_of(top) >= least)
-        before = tl.cumsum(mark.to(tl.int32), axis=0)
-        place = groups + row * n_groups + before - 1
-        tl.store(place, group.to(groups.dtype.element_ty), mask=mark)
-        n = tl.max(before)
-        tl.store(marked + row, n)
-        # Others wrote what is read now.
-        tl.debug_barrier()
-        total = tl.zeros([CHUNK * GROUP], tl.int32)
-        for first in range(0, n, CHUNK):
-            key, _ = _entries(keys, groups, row, first, n, d_sae, n_groups, GROUP, CHUNK)
-            counted = (key >= least) & (key <= most)
-            tl.atomic_add(bins + (key >> SHIFT), 1, mask=counted, sem="relaxed")
-            total += counted.to(tl.int32)
-        if not AGAIN:
-            tl.atomic_add(found, tl.sum(total), sem="relaxed")
+        n = tl.where(tl.load(found) < n_kept, n, 0)
+    total = tl.zeros([CHUNK * GROUP], tl.int32)
+    for first in range(0, n, CHUNK):
+        key, _ = _entries(keys, groups, row, first, n, d_sae, n_groups, GROUP, CHUNK)
+        counted = (key >= least) & (key <= most)
+        tl.atomic_add(bins + (key >> SHIFT), 1, mask=counted, sem="relaxed")
+        total += counted.to(tl.int32)
+    if not AGAIN:
+        tl.atomic_add(found, tl.sum(total), sem="relaxed")
 
 
 @triton.jit
@@ -374,6 +428,7 @@ def _fill_kernel(
     n_groups,
     GROUP: tl.constexpr,
     CHUNK: tl.constexpr,
+    KEPT_BLOCK: tl.constexpr,
     COUNT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -391,12 +446,20 @@ def _fill_kernel(
         kept = (larger > 0) | ((same > 0) & (same_before < missing))
         place = out + (before >> 16) - larger + tl.minimum(same_before, missing)
         tl.store(indices + place, latent, mask=kept)
-        tl.store(values + place, key.to(values.dtype.element_ty), mask=kept)
-        if COUNT:
-            tl.store(rows + place, tl.zeros_like(latent) + row.to(tl.int32), mask=kept)
-            at = tl.atomic_add(count + latent, 1, mask=kept, sem="relaxed")
-            tl.store(rank + place, at, mask=kept)
         last = tl.max(before)
         taken = tl.minimum(missing, tl.sum(same))
         out += (last >> 16) + taken
         missing -= taken
+    # Others wrote what is read now: few entries, one beside the other.
+    tl.debug_barrier()
+    for begin in range(tl.load(offsets + row), out, KEPT_BLOCK):
+        at = begin + tl.arange(0, KEPT_BLOCK)
+        there = at < out
+        latent = tl.load(indices + at, mask=there, other=0)
+        bits = tl.load(keys + row * d_sae + latent, mask=there, other=0)
+        # As it was compared: of all NaN the one that is the largest.
+        tl.store(values + at, key_of(bits).to(values.dtype.element_ty), mask=there)
+        if COUNT:
+            tl.store(rows + at, tl.zeros_like(latent) + row.to(tl.int32), mask=there)
+            own = tl.atomic_add(count + latent, 1, mask=there, sem="relaxed")
+            tl.store(rank + at, own, mask=there)

@@ -24,16 +24,21 @@ from torch import Tensor
 from saekit.kernels.triton_index import power
 
 _GROUP = 32
-_AT_ONCE = 128
-"""Groups that a program marks at a time."""
-_CHUNK = 64
-"""Groups that a program looks into at a time."""
+_ROWS, _AT_ONCE = 4, 32
+"""Rows, and groups of each, that a program marks at a time: thresholds are read once for all of
+the rows."""
+_CHUNK = 8
+"""Groups that a program looks into at a time, see `triton_batch_select`."""
+_KEPT_BLOCK = 64
+"""Kept entries of a row that are written at a time."""
 
 
 @dataclass(frozen=True)
 class JumpSearch:
     """What is known before entries are written; buffers are made once."""
 
+    flags: Int[Tensor, "batch group"]
+    """Whether a group has entries that are kept."""
     groups: Int[Tensor, "batch group"]
     """Those with entries that are kept, row after row."""
     n_groups: Int[Tensor, " batch"]
@@ -56,6 +61,7 @@ class JumpSearch:
         longs = torch.zeros(2 * batch + 3, dtype=torch.int64, device=device)
         groups = torch.int16 if n_groups < 1 << 15 else torch.int32
         return cls(
+            torch.empty(batch, n_groups, dtype=torch.int8, device=device),
             torch.empty(batch, n_groups, dtype=groups, device=device),
             *counts,
             *longs.split((batch + 1, batch, 2)),
@@ -71,18 +77,22 @@ def jump_search(
     """Counts. Thresholds are `level * jump[0]`, and half of the window is `jump[1]`."""
     batch, d_sae = pre.shape
     n_groups = into.groups.shape[1]
-    _mark_kernel[(batch,)](
+    _mark_kernel[(-(-batch // _ROWS),)](
         pre,
         level,
         jump,
+        into.flags,
         into.groups,
         into.n_groups,
         into.kept,
         into.fires,
+        batch,
         d_sae,
         n_groups,
+        ROWS=_ROWS,
         GROUP=_GROUP,
         AT_ONCE=min(_AT_ONCE, power(n_groups)),
+        GROUPS_BLOCK=power(n_groups),
         num_warps=4,
     )
     torch.cumsum(into.kept, 0, dtype=torch.int64, out=into.offsets[1:])
@@ -129,16 +139,9 @@ def jump_fill(
         n_groups,
         GROUP=_GROUP,
         CHUNK=min(_CHUNK, power(n_groups)),
+        KEPT_BLOCK=_KEPT_BLOCK,
+        num_warps=1,
     )
-
-
-@triton.jit
-@no_type_check
-def _near(pre, level, row, latent, there, factor, half, d_sae):
-    # Entries of a row, which of them fire, and which are kept.
-    entry = tl.load(pre + row * d_sae + latent, mask=there, other=0.0).to(tl.float32)
-    threshold = tl.load(level + latent, mask=there, other=0.0) * factor
-    return entry, there & (entry > threshold), there & (entry > threshold - half)
 
 
 @triton.jit
@@ -147,37 +150,52 @@ def _mark_kernel(
     pre,
     level,
     jump,
+    flags,
     groups,
     marked,
     kept,
     fires,
+    batch,
     d_sae,
     n_groups,
+    ROWS: tl.constexpr,
     GROUP: tl.constexpr,
     AT_ONCE: tl.constexpr,
+    GROUPS_BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    begin = tl.program_id(0) * ROWS
+    row = (begin + tl.arange(0, ROWS)).to(tl.int64)
     factor = tl.load(jump)
     half = tl.load(jump + 1)
     within = tl.arange(0, GROUP)
-    n_marked = 0
-    n_kept = tl.zeros([AT_ONCE], tl.int32)
-    n_fires = tl.zeros([AT_ONCE], tl.int32)
+    n_kept = tl.zeros([ROWS, AT_ONCE], tl.int32)
+    n_fires = tl.zeros([ROWS, AT_ONCE], tl.int32)
     for first in range(0, n_groups, AT_ONCE):
         group = first + tl.arange(0, AT_ONCE)
         latent = group[:, None] * GROUP + within[None, :]
-        _, fire, keep = _near(pre, level, row, latent, latent < d_sae, factor, half, d_sae)
-        here = tl.sum(keep.to(tl.int32), axis=1)
+        threshold = tl.load(level + latent, mask=latent < d_sae, other=0.0) * factor
+        there = (row < batch)[:, None, None] & (latent < d_sae)[None, :, :]
+        place = pre + row[:, None, None] * d_sae + latent[None, :, :]
+        entry = tl.load(place, mask=there, other=0.0).to(tl.float32)
+        keep = there & (entry > (threshold - half)[None, :, :])
+        here = tl.sum(keep.to(tl.int32), axis=2)
+        fire = there & (entry > threshold[None, :, :])
         n_kept += here
-        n_fires += tl.sum(fire.to(tl.int32), axis=1)
-        mark = here > 0
+        n_fires += tl.sum(fire.to(tl.int32), axis=2)
+        inside = (row < batch)[:, None] & (group < n_groups)[None, :]
+        place = flags + row[:, None] * n_groups + group[None, :]
+        tl.store(place, (here > 0).to(tl.int8), mask=inside)
+    tl.store(kept + row, tl.sum(n_kept, axis=1), mask=row < batch)
+    tl.store(fires + row, tl.sum(n_fires, axis=1), mask=row < batch)
+    # Others wrote what is read now.
+    tl.debug_barrier()
+    group = tl.arange(0, GROUPS_BLOCK)
+    for one in range(begin, tl.minimum(begin + ROWS, batch)):
+        base = tl.cast(one, tl.int64) * n_groups
+        mark = tl.load(flags + base + group, mask=group < n_groups, other=0) > 0
         before = tl.cumsum(mark.to(tl.int32), axis=0)
-        place = groups + row * n_groups + n_marked + before - 1
-        tl.store(place, group.to(groups.dtype.element_ty), mask=mark)
-        n_marked += tl.max(before)
-    tl.store(marked + row, n_marked)
-    tl.store(kept + row, tl.sum(n_kept))
-    tl.store(fires + row, tl.sum(n_fires))
+        tl.store(groups + base + before - 1, group.to(groups.dtype.element_ty), mask=mark)
+        tl.store(marked + one, tl.max(before))
 
 
 @triton.jit
@@ -200,6 +218,7 @@ def _fill_kernel(
     n_groups,
     GROUP: tl.constexpr,
     CHUNK: tl.constexpr,
+    KEPT_BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     factor = tl.load(jump)
@@ -211,26 +230,31 @@ def _fill_kernel(
         at = first + tl.arange(0, CHUNK)
         group = tl.load(groups + row * n_groups + at, mask=at < n, other=0).to(tl.int32)
         latent = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-        there = (at < n)[:, None] & (latent < d_sae)
-        entry, fire, keep = _near(pre, level, row, latent, there, factor, half, d_sae)
         latent = tl.reshape(latent, [CHUNK * GROUP])
-        entry = tl.reshape(entry, [CHUNK * GROUP])
-        fire = tl.reshape(fire.to(tl.int32), [CHUNK * GROUP])
-        keep = tl.reshape(keep.to(tl.int32), [CHUNK * GROUP])
-        other = keep - fire
+        there = tl.reshape((at < n)[:, None] & (tl.arange(0, GROUP) >= 0)[None, :], [CHUNK * GROUP])
+        there = there & (latent < d_sae)
+        entry = tl.load(pre + row * d_sae + latent, mask=there, other=0.0).to(tl.float32)
+        threshold = tl.load(level + latent, mask=there, other=0.0) * factor
+        fire = there & (entry > threshold)
+        keep = there & (entry > threshold - half)
+        other = keep.to(tl.int32) - fire.to(tl.int32)
         # Both counts in one: so few entries that neither runs over.
-        before = tl.cumsum((fire << 16) + other, axis=0)
-        place = tl.where(
-            fire > 0, out_fires + (before >> 16) - 1, out_others + (before & 0xFFFF) - 1
-        )
-        there = keep > 0
-        tl.store(indices + place, latent, mask=there)
-        value = tl.where(fire > 0, entry, 0.0)
-        tl.store(values + place, value.to(values.dtype.element_ty), mask=there)
-        tl.store(rows + place, tl.zeros_like(latent) + row.to(tl.int32), mask=there)
-        own = tl.atomic_add(count + latent, 1, mask=there, sem="relaxed")
-        tl.store(rank + place, own, mask=there)
-        tl.atomic_add(firing + latent, 1, mask=fire > 0, sem="relaxed")
+        before = tl.cumsum((fire.to(tl.int32) << 16) + other, axis=0)
+        place = tl.where(fire, out_fires + (before >> 16), out_others + (before & 0xFFFF)) - 1
+        tl.store(indices + place, latent, mask=keep)
         last = tl.max(before)
         out_fires += last >> 16
         out_others += tl.sum(other)
+    # Others wrote what is read now: few entries, one beside the other.
+    tl.debug_barrier()
+    for begin in range(tl.load(offsets + row), out_others, KEPT_BLOCK):
+        at = begin + tl.arange(0, KEPT_BLOCK)
+        there = at < out_others
+        fire = at < out_fires
+        latent = tl.load(indices + at, mask=there, other=0)
+        entry = tl.load(pre + row * d_sae + latent, mask=fire, other=0.0)
+        tl.store(values + at, entry.to(values.dtype.element_ty), mask=there)
+        tl.store(rows + at, tl.zeros_like(latent) + row.to(tl.int32), mask=there)
+        own = tl.atomic_add(count + latent, 1, mask=there, sem="relaxed")
+        tl.store(rank + at, own, mask=there)
+        tl.atomic_add(firing + latent, 1, mask=fire, sem="relaxed")

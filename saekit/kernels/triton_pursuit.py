@@ -29,7 +29,7 @@ from torch import Tensor
 from saekit.kernels.triton_decode import row_config
 from saekit.kernels.triton_index import LatentIndex, multiprocessors, power
 
-GRAM_ROWS = 0.75
+GRAM_ROWS = 0.6
 """Rows for each atom, counted in every step but the first, from which the Gram matrix pays.
 `python benchmarks/bench_pursuit.py --only crossover` measures it. Reckoned from what the parts take
 on an H200 in bfloat16 it is 0.65 with 65,536 atoms of width 2,048, 0.9 with 24,576 of width 768."""

@@ -774,9 +774,9 @@ class FusedJumpReLUStep(FusedTopKStep):
 
     What threshold and window are is `jump`: thresholds are `level * jump[0]`, the window's half is
     `jump[1]`, and jump[2] weighs the penalty on what fires, by the batch. How many entries a batch
-    keeps depends on the batch, so a step has two halves: `look(x)` says how many, for which the
-    host waits, and, unless that is too many, `take()` takes the step. `k` says about how many
-    fire a row.
+    keeps depends on the batch, so a step has two halves: `look(x)`, after which `l0` says how many
+    fire a row, on the device, and `take()`, for which the host waits until it knows how many there
+    are. `k` says about how many fire.
     """
 
     _RAGGED = True
@@ -804,21 +804,24 @@ class FusedJumpReLUStep(FusedTopKStep):
         return self.take()
 
     @torch.no_grad()
-    def look(self, x: Float[Tensor, "batch d_in"]) -> int:
-        """How many entries of a batch fire or move a threshold. Nothing has changed yet."""
+    def look(self, x: Float[Tensor, "batch d_in"]) -> None:
+        """Look for the entries of a batch that fire or move a threshold. Nothing changes yet."""
         self._batch = self._held(x)
         self._room = 0
         self._launch(self._search, self._batch)
         self._answer.ask(self._found.totals)
-        self._n_kept = self._answer.wait()[0]
-        return self._n_kept
+
+    def found(self) -> int:
+        """How many entries there are; waits for the device."""
+        return self._answer.wait()[0]
 
     @torch.no_grad()
     def take(self) -> Float[Tensor, ""]:
         """The step on the batch that was looked at; the loss, without penalty and AuxK."""
+        n = self.found()
         held = self._values.numel()
-        if not self._n_kept <= held <= max(_LEAST_PLACES, 8 * self._n_kept):
-            self._make_places(max(_LEAST_PLACES, power(self._n_kept)))
+        if not n <= held <= max(_LEAST_PLACES, 8 * n):
+            self._make_places(max(_LEAST_PLACES, power(n)))
         if self._dead_count is not None:
             self._room = room_for(self._dead_count.bound(), self.d_sae)
         self._launch(self._rest, self._batch)
