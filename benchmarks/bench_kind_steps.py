@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from _record import RESULTS, append, show, summary
 
-from saekit.kernels import bench
+from saekit.kernels import bench_setting
 from saekit.trainers._base import Batch, Step, Trainer
 from saekit.trainers._kinds import kind
 from saekit.trainers._run import _optimiser
 from saekit.trainers._step import EagerStep
 
 NAME = "kind_steps"
-SHAPES = {name: bench.SHAPES[name] for name in ("S", "M")}
+SHAPES = {name: bench_setting.SHAPES[name] for name in ("S", "M")}
 KINDS: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
     "topk": ("topk", lambda k: {"k": k}),
     "batch_topk": ("batch_topk", lambda k: {"k": k}),
@@ -61,7 +61,7 @@ def planted(d_in: int, k: int, batch_size: int, device: str) -> Callable[[], tor
 
 
 def settled(
-    name: str, shape: bench.Shape, args: argparse.Namespace
+    name: str, shape: bench_setting.Shape, args: argparse.Namespace
 ) -> tuple[Trainer, torch.optim.Optimizer, Step, Callable[[], torch.Tensor]]:
     """A trainer after its first steps, what takes its next, and batches."""
     of, options = KINDS[name]
@@ -99,11 +99,13 @@ def timed(
         trainer.step += 1
         step(held[trainer.step % len(held)], trainer.cfg.lr)
 
-    return bench.milliseconds(take, torch.device(args.device), args.rounds, args.warm_ups)
+    return bench_setting.milliseconds(take, torch.device(args.device), args.rounds, args.warm_ups)
 
 
-def measured(name: str, label: str, shape: bench.Shape, args: argparse.Namespace) -> dict[str, Any]:
-    bench.forget(torch.device(args.device))
+def measured(
+    name: str, label: str, shape: bench_setting.Shape, args: argparse.Namespace
+) -> dict[str, Any]:
+    bench_setting.forget(torch.device(args.device))
     trainer, optimiser, step, rows = settled(name, shape, args)
     took = timed(step, trainer, rows, args)
     step.settle()
@@ -124,7 +126,7 @@ def measured(name: str, label: str, shape: bench.Shape, args: argparse.Namespace
         "eager_ms": summary(eager),
         "figures": {key: round(value, 4) for key, value in figures.items()},
         "device": args.device,
-        "triton": bench.versions().get("triton"),
+        "triton": bench_setting.versions().get("triton"),
     }
 
 
@@ -145,7 +147,7 @@ def main() -> None:
     os.environ["SAEKIT_KERNELS"] = "triton"
     shapes = {name: SHAPES[name] for name in args.shapes}
     if args.shape is not None:
-        shapes = {"": bench.Shape(*args.shape)}
+        shapes = {"": bench_setting.Shape(*args.shape)}
     shown = []
     for label, shape in shapes.items():
         for name in args.kinds:

@@ -26,7 +26,7 @@ import torch
 from _record import RESULTS, append, show, summary
 from torch import Tensor, nn
 
-from saekit.kernels import bench, pursuit, reference
+from saekit.kernels import bench_setting, pursuit, reference
 from saekit.kernels import triton_pursuit as ours
 from saekit.kernels.bench_peers import pursuit as peer_steps
 
@@ -168,7 +168,7 @@ def check(name: str, args: argparse.Namespace, way: str, planted: bool) -> dict[
 
 
 def milliseconds(call: Callable[[], object], rounds: int, warm_ups: int) -> list[float]:
-    return bench.milliseconds(call, torch.device("cuda"), rounds, warm_ups)
+    return bench_setting.milliseconds(call, torch.device("cuda"), rounds, warm_ups)
 
 
 def batches(shape: Shape, batch_size: int) -> Callable[[], Tensor]:

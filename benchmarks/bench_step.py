@@ -8,8 +8,8 @@
     python benchmarks/bench_step.py --largest          # how many latents fit
     python benchmarks/table.py                         # the page from what was written
 
-`saekit bench` measures the same on any machine (`saekit.kernels.bench`, which says what is checked
-and how it is timed); here are the fused step's options, its parts, and the limits.
+`saekit bench` measures the same on any machine (`saekit.kernels.bench`, which says where to read
+what is checked and how it is timed); here are the fused step's options, its parts, and the limits.
 """
 
 import argparse
@@ -24,16 +24,30 @@ from _record import RESULTS, append, show
 
 from saekit.errors import SaekitError, first_line
 from saekit.kernels import bench, bench_peers
-from saekit.kernels.bench import (
-    AS_TRAINED,
-    BATCH_TOPK,
+from saekit.kernels.bench_ops import check_ops, ops
+from saekit.kernels.bench_setting import (
+    GIB,
     PLAIN,
     SHAPES,
-    TOPK,
-    FusedStep,
     Line,
+    Make,
     Setting,
     Shape,
+    allocated,
+    forget,
+    milliseconds,
+    summary,
+)
+from saekit.kernels.bench_steps import (
+    AS_TRAINED,
+    BATCH_TOPK,
+    LR,
+    TOPK,
+    FusedStep,
+    check_step,
+    impls,
+    make_step,
+    timed_step,
 )
 
 Device = torch.device
@@ -116,25 +130,25 @@ def options_of(setting: Setting, variant: str) -> dict[str, Any]:
 
 
 def check(setting: Setting, variants: list[str]) -> Iterator[Line]:
-    bench.check_ops(setting)
+    check_ops(setting)
     for op in (TOPK, BATCH_TOPK):
-        for impl in bench.impls(setting):
+        for impl in impls(setting):
             if impl != "fused":
-                yield bench.check_step(setting, op, impl, {})
+                yield check_step(setting, op, impl, {})
     for variant in variants:
-        line = bench.check_step(setting, op_of(variant), "fused", options_of(setting, variant))
+        line = check_step(setting, op_of(variant), "fused", options_of(setting, variant))
         yield line | {"variant": variant}
 
 
 def every(setting: Setting, args: argparse.Namespace) -> Iterator[Line]:
-    yield from bench.ops(setting)
+    yield from ops(setting)
     for op in dict.fromkeys(op_of(variant) for variant in args.variants):
-        for impl in bench.impls(setting):
+        for impl in impls(setting):
             if impl != "fused":
-                yield setting.measure(op, impl, partial(bench.timed_step, setting, op, impl))
+                yield setting.measure(op, impl, partial(timed_step, setting, op, impl))
     for variant in args.variants:
         op, options = op_of(variant), options_of(setting, variant)
-        make = partial(bench.timed_step, setting, op, "fused", **options)
+        make = partial(timed_step, setting, op, "fused", **options)
         yield setting.measure(op, "fused", make, variant, options=options)
     if args.peers:
         yield from bench.peer_steps(setting)
@@ -142,9 +156,9 @@ def every(setting: Setting, args: argparse.Namespace) -> Iterator[Line]:
 
 
 def fused(setting: Setting, **options: Any) -> FusedStep:
-    step = bench.make_step(setting, TOPK, "fused", **options)
+    step = make_step(setting, TOPK, "fused", **options)
     assert isinstance(step, FusedStep)
-    step.set_lr(bench.LR)
+    step.set_lr(LR)
     return step
 
 
@@ -152,7 +166,7 @@ def parts(setting: Setting) -> Iterator[Line]:
     """The fused step's kernels, one by one."""
     from saekit.kernels.triton_select import topk_select
 
-    bench.forget(setting.device)
+    forget(setting.device)
     x = setting.following()
     narrow = replace(setting, shape=replace(setting.shape, d_in=min(128, setting.shape.d_in)))
     try:
@@ -191,8 +205,8 @@ def parts(setting: Setting) -> Iterator[Line]:
         "b_dec": step._update_b_dec,
     }
     for part, call in timed.items():
-        took = bench.milliseconds(call, setting.device, setting.rounds, setting.warm_ups)
-        yield setting.line("part", "fused", part, **bench.summary(took))
+        took = milliseconds(call, setting.device, setting.rounds, setting.warm_ups)
+        yield setting.line("part", "fused", part, **summary(took))
         if part == "prepare":
             # What it cleared is needed again.
             step._encode()
@@ -203,13 +217,13 @@ def tune(setting: Setting) -> Iterator[Line]:
     from saekit.kernels.triton_decode import row_candidates
     from saekit.kernels.triton_select import select_candidates, topk_select
 
-    bench.forget(setting.device)
+    forget(setting.device)
     shape, x = setting.shape, setting.following()
 
     def timed(call: Callable[[], object], part: str, config: dict[str, Any]) -> Line:
-        took = bench.milliseconds(call, setting.device, setting.rounds, setting.warm_ups)
+        took = milliseconds(call, setting.device, setting.rounds, setting.warm_ups)
         variant = ", ".join([part, *(f"{key}={value}" for key, value in config.items())])
-        return setting.line("tune", "fused", variant, config=config, **bench.summary(took))
+        return setting.line("tune", "fused", variant, config=config, **summary(took))
 
     first = fused(setting).fused
     first(x)
@@ -220,7 +234,7 @@ def tune(setting: Setting) -> Iterator[Line]:
     del first
     for split in (False, True)[: 2 if setting.precision == "bfloat16" else 1]:
         for row in row_candidates(shape.d_in):
-            bench.forget(setting.device)
+            forget(setting.device)
             step = fused(setting, config=replace(base, row=row), split_master=split).fused
             try:
                 step(x)
@@ -248,7 +262,7 @@ def grown(setting: Setting, series: str, rate: float) -> Line:
     """A fused step beside what it cannot be quicker than: its one large product, and Adam's reading
     and writing; `rate` in bytes a second."""
     shape = setting.shape
-    make = partial(bench.timed_step, setting, TOPK, "fused", **GROWN_OPTIONS)
+    make = partial(timed_step, setting, TOPK, "fused", **GROWN_OPTIONS)
     line = setting.measure("grow", "fused", make, series, options=GROWN_OPTIONS)
     n_parameters = 2 * shape.d_sae * shape.d_in + shape.d_sae + shape.d_in
     line["adam_ms"] = round(ADAM_BYTES * n_parameters / rate * 1e3, 5)
@@ -271,16 +285,16 @@ def copy_rate(device: Device, n_bytes: int = 1 << 31) -> float:
     """Bytes read and written a second by a large copy within a device's memory."""
     here = torch.empty(n_bytes, dtype=torch.uint8, device=device)
     there = torch.empty_like(here)
-    took = bench.milliseconds(lambda: there.copy_(here), device, 10, 3)
-    return float(2 * n_bytes / bench.summary(took)["ms"] * 1e3)
+    took = milliseconds(lambda: there.copy_(here), device, 10, 3)
+    return float(2 * n_bytes / summary(took)["ms"] * 1e3)
 
 
 def largest(args: argparse.Namespace) -> Iterator[Line]:
     """For each way to take a step, the most latents that it has room for."""
     at = partial(setting_of, args)
     setting = at(GROWN)
-    makes: dict[str, Callable[[Setting], bench.Make]] = {}
-    for impl in bench.impls(setting):
+    makes: dict[str, Callable[[Setting], Make]] = {}
+    for impl in impls(setting):
         options: dict[str, Any] = {"rows_at_once": 1_024} if impl == "fused" else {}
         makes[impl] = partial(_own, impl, options)
     for name, mode, _ in peers(setting) if args.peers else ():
@@ -296,23 +310,23 @@ def peers(setting: Setting) -> Iterator[bench_peers.Peer]:
     return bench_peers.peers(s.d_in, s.d_sae, s.k, setting.batch_size, setting.following)
 
 
-def _own(impl: str, options: dict[str, Any], setting: Setting) -> bench.Make:
-    return partial(bench.timed_step, setting, TOPK, impl, **options)
+def _own(impl: str, options: dict[str, Any], setting: Setting) -> Make:
+    return partial(timed_step, setting, TOPK, impl, **options)
 
 
-def _peer(name: str, mode: str, setting: Setting) -> bench.Make:
+def _peer(name: str, mode: str, setting: Setting) -> Make:
     return next(make for n, m, make in peers(setting) if (n, m) == (name, mode))
 
 
-def most_latents(setting: Setting, impl: str, make: Callable[[Setting], bench.Make]) -> Line:
+def most_latents(setting: Setting, impl: str, make: Callable[[Setting], Make]) -> Line:
     """By doubling, then by halving what lies between, in multiples of MULTIPLE."""
     stopped_by = ""
 
     def peak(multiples: int) -> float | None:
         """GiB in use; None where it does not fit."""
         nonlocal stopped_by
-        bench.forget(setting.device)
-        before = bench.allocated(setting.device)
+        forget(setting.device)
+        before = allocated(setting.device)
         tried = replace(setting, shape=replace(setting.shape, d_sae=multiples * MULTIPLE))
         # Not a second set of batches for each size.
         vars(tried)["following"] = setting.following
@@ -323,7 +337,7 @@ def most_latents(setting: Setting, impl: str, make: Callable[[Setting], bench.Ma
             if setting.device.type != "cuda":
                 return 0.0
             torch.cuda.synchronize(setting.device)
-            return (torch.cuda.max_memory_allocated(setting.device) - before) / bench.GIB
+            return (torch.cuda.max_memory_allocated(setting.device) - before) / GIB
         except Exception as error:
             stopped_by = first_line(error)
             if not isinstance(error, torch.OutOfMemoryError):

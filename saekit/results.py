@@ -78,6 +78,13 @@ class Metric:
     definition: str
     """Equation and reading in a line: what 0 and 1 mean, which baseline."""
     n: int
+    interval: tuple[float, float] | None = None
+    """Of 95 %, by bootstrap over documents (over prompts, for a task) where one is given."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Metric":
+        interval = values.get("interval")
+        return cls(**{**values, "interval": None if interval is None else tuple(interval)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +118,7 @@ class EvalResult:
     @classmethod
     def load(cls, folder: Path, name: str) -> "EvalResult":
         values = _read_json(folder / f"{name}.json", name)
-        values["metrics"] = {key: Metric(**m) for key, m in values["metrics"].items()}
+        values["metrics"] = {key: Metric.from_dict(m) for key, m in values["metrics"].items()}
         values["exclude"] = tuple(values["exclude"])
         return cls(**values, arrays=_load_arrays(folder / f"{name}.safetensors"))
 

@@ -245,8 +245,8 @@ class FusedJumpReLU(FusedStep):
         l0 = step.l0
         weight = trainer.coefficient.weigh(l0, trainer.step)
         torch.div(weight, trainer.cfg.batch_size, out=step.jump[2])
-        self._density = step.found() / (trainer.cfg.batch_size * trainer.cfg.d_sae)
-        trainer.density.fill_(self._density)
+        self._density = density = step.found() / (trainer.cfg.batch_size * trainer.cfg.d_sae)
+        trainer.density.fill_(density)
         step.take()
         losses = self._losses()
         return {"mse": losses.pop("mse"), "sparsity": weight * l0, **losses}

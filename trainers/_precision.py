@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from saekit import kernels
 from saekit.config import TrainConfig
 
 Precision = Literal["float32", "bfloat16"]
@@ -15,12 +16,7 @@ def precision_on(device: str, cfg: TrainConfig) -> Precision:
     """What a config's precision means on a device."""
     if cfg.precision != "auto":
         return cfg.precision
-    on_gpu = torch.device(device).type == "cuda"
-    return (
-        "bfloat16"
-        if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-        else "float32"
-    )
+    return kernels.usual_precision(torch.device(device))
 
 
 @contextmanager

@@ -93,8 +93,20 @@ def choice(argv: list[str], command: str, what: str, known: list[str]) -> tuple[
 
 
 def print_metrics(result: "EvalResult") -> None:
-    named = [(name, f"{metric.value:.4g}") for name, metric in result.metrics.items()]
-    print_table([result.eval, f"{result.split} split"], named)
+    """Numbers with their intervals, where any has one."""
+    rows = [
+        (name, f"{metric.value:.4g}", _ends(metric.interval))
+        for name, metric in result.metrics.items()
+    ]
+    headings = [result.eval, f"{result.split} split", "95 % interval"]
+    if not any(interval for *_, interval in rows):
+        print_table(headings[:2], [row[:2] for row in rows])
+        return
+    print_table(headings, rows)
+
+
+def _ends(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else f"{interval[0]:.4g} .. {interval[1]:.4g}"
 
 
 def print_table(headings: Iterable[str], rows: Iterable[tuple[object, ...]]) -> None:

@@ -9,7 +9,7 @@ from saekit.commands._shared import Args, parse
 from saekit.errors import ConfigError
 
 if TYPE_CHECKING:
-    from saekit.kernels.bench import Setting
+    from saekit.kernels.bench_setting import Setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ def _print(lines: list[dict[str, Any]]) -> None:
 def _settings(args: BenchArgs) -> "list[Setting]":
     import torch
 
-    from saekit.kernels.bench import Setting, Shape, shape_named
+    from saekit.kernels.bench_setting import Setting, Shape, shape_named
 
     there = torch.cuda.is_available()
     if args.device == "cuda" and not there:

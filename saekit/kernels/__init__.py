@@ -1,7 +1,7 @@
 """The ops that sparse autoencoders spend their time in. `reference` defines them; callers use
 these."""
 
-from saekit.kernels._choose import Choice, KernelUnavailable, choose
+from saekit.kernels._choose import Choice, KernelUnavailable, choose, usual_precision
 from saekit.kernels.ops import batch_topk, column_topk, encode, sparse_decode, topk_encode
 from saekit.kernels.pursuit import matching_pursuit
 from saekit.kernels.reference import Code, Rule, merge_repeats, row_offsets, rows_of
@@ -21,4 +21,5 @@ __all__ = [
     "rows_of",
     "sparse_decode",
     "topk_encode",
+    "usual_precision",
 ]

@@ -3,6 +3,8 @@
 SAEKIT_KERNELS says: "auto" (where it is not set) takes Triton on GPUs that can run it and PyTorch's
 operators elsewhere; "reference", "eager" and "triton" force one, which then never falls back.
 Nothing is decided, and Triton is not imported, before the first call.
+
+Also what a device multiplies matrices in, where no config says.
 """
 
 import importlib
@@ -139,6 +141,12 @@ def self_test(device: torch.device) -> dict[str, str]:
         memory.remember(device, "self-test", found)
         return found
     return known
+
+
+def usual_precision(device: torch.device) -> Literal["float32", "bfloat16"]:
+    """bfloat16 on GPUs that multiply it without emulating it, float32 elsewhere."""
+    halves = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if halves else "float32"
 
 
 def triton_backend() -> ModuleType:

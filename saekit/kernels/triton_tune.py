@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from saekit.kernels import memory
-from saekit.kernels.bench import milliseconds
+from saekit.kernels.bench_setting import milliseconds
 from saekit.kernels.triton_decode import DecodeConfig, RowConfig
 from saekit.kernels.triton_select import SelectConfig
 from saekit.kernels.triton_step import FusedTopKStep, StepConfig, step_candidates, step_config

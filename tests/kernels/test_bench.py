@@ -12,7 +12,18 @@ from torch import Tensor
 
 from saekit import kernels
 from saekit.kernels import bench, bench_peers
-from saekit.kernels.bench import BATCH_TOPK, PLAIN, TOPK, Mistaken, Setting, Shape
+from saekit.kernels.bench_ops import check_ops, ops
+from saekit.kernels.bench_setting import PLAIN, SHAPES, Mistaken, Setting, Shape
+from saekit.kernels.bench_steps import (
+    BATCH_TOPK,
+    TOPK,
+    PlainStep,
+    as_trained,
+    check_step,
+    check_steps,
+    impls,
+    timed_step,
+)
 
 DEVICE = runpy.run_path(str(Path(__file__).with_name("_interpret.py")))["DEVICE"]
 
@@ -37,13 +48,13 @@ def test_a_fused_step_is_checked_and_timed(
         monkeypatch.setattr(triton_step, "row_config", lambda _: triton_step.RowConfig(1, 2, 2))
     monkeypatch.setenv("SAEKIT_KERNELS", "triton")
     # So few latents and rows are no match for bfloat16.
-    monkeypatch.setattr(bench, "_precision", lambda _: "float32")
+    monkeypatch.setattr(kernels, "usual_precision", lambda _: "float32")
     setting = replace(setting, device=torch.device(DEVICE))
-    assert bench.impls(setting) == [PLAIN, "triton ops", "fused"]
-    options = bench.as_trained(setting)
-    line = bench.check_step(setting, op, "fused", options)
+    assert impls(setting) == [PLAIN, "triton ops", "fused"]
+    options = as_trained(setting)
+    line = check_step(setting, op, "fused", options)
     assert line["check"]["loss"] < 1e-2 and line["options"]["deterministic"]
-    make = partial(bench.timed_step, setting, op, "fused", **options)
+    make = partial(timed_step, setting, op, "fused", **options)
     line = setting.measure(op, "fused", make, "as trained")
     assert line["ms"] > 0 and line["rounds"] == 2 and line["loss"] > 0
     assert line["shape"] == "tiny" and "ratio" not in line
@@ -51,10 +62,10 @@ def test_a_fused_step_is_checked_and_timed(
 
 @pytest.mark.gpu
 def test_all_that_is_timed_on_a_gpu_is_right_in_bfloat16() -> None:
-    setting = Setting(shape=bench.SHAPES["S"], batch_size=8_192, device=torch.device("cuda"))
-    assert bench.impls(setting)[-1] == "fused" and setting.precision == "bfloat16"
-    bench.check_ops(setting)
-    bench.check_steps(setting)
+    setting = Setting(shape=SHAPES["S"], batch_size=8_192, device=torch.device("cuda"))
+    assert impls(setting)[-1] == "fused" and setting.precision == "bfloat16"
+    check_ops(setting)
+    check_steps(setting)
 
 
 @pytest.mark.parametrize("form", ["reference", "eager"])
@@ -63,17 +74,17 @@ def test_a_step_by_ops_is_what_float64_makes_of_it(
     op: str, form: str, setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SAEKIT_KERNELS", form)
-    assert bench.impls(setting) == [PLAIN, f"{form} ops"]
-    for impl in bench.impls(setting):
-        assert bench.check_step(setting, op, impl, {})["op"] == op
+    assert impls(setting) == [PLAIN, f"{form} ops"]
+    for impl in impls(setting):
+        assert check_step(setting, op, impl, {})["op"] == op
 
 
 def test_every_op_is_timed_in_plain_torch_and_by_the_backend(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SAEKIT_KERNELS", "eager")
-    bench.check_ops(setting)
-    lines = list(bench.ops(setting))
+    check_ops(setting)
+    lines = list(ops(setting))
     assert [line["impl"] for line in lines].count(PLAIN) == 6
     assert all(line["ratio"] == 1 for line in lines if line["impl"] == PLAIN)
 
@@ -81,8 +92,8 @@ def test_every_op_is_timed_in_plain_torch_and_by_the_backend(
 def test_wrong_gradients_are_refused_before_anything_is_timed(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = bench.PlainStep._loss
-    monkeypatch.setattr(bench.PlainStep, "_loss", lambda self, x: 1.1 * right(self, x))
+    right = PlainStep._loss
+    monkeypatch.setattr(PlainStep, "_loss", lambda self, x: 1.1 * right(self, x))
     with pytest.raises(Mistaken, match="plain torch, topk step .* is not what float64 makes of it"):
         next(bench.every(setting))
 
@@ -107,7 +118,7 @@ def test_a_choice_of_other_latents_than_the_largest_is_refused(
     monkeypatch.setenv("SAEKIT_KERNELS", "eager")
     monkeypatch.setattr(kernels, "topk_encode", smallest)
     with pytest.raises(Mistaken, match="of the largest pre-activations missed"):
-        bench.check_step(setting, TOPK, "eager ops", {})
+        check_step(setting, TOPK, "eager ops", {})
 
 
 def test_what_has_no_room_is_a_line_that_says_so(setting: Setting) -> None:

@@ -163,7 +163,7 @@ def test_a_jumprelu_goes_to_and_fro_between_eager_and_fused_steps(
     theirs = after_steps("jumprelu", False, **options)
     monkeypatch.setenv("SAEKIT_KERNELS", "triton")
     taken: list[str] = []
-    for form, method in ((_fused.EagerStep, "__call__"), (triton_step.FusedJumpReLUStep, "take")):
+    for form, method in ((EagerStep, "__call__"), (triton_step.FusedJumpReLUStep, "take")):
         monkeypatch.setattr(form, method, noting(getattr(form, method), form.__name__, taken))
     for most in (0.25, 0.3, 0.35):
         taken.clear()
