@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from saekit import checkpoint
@@ -54,6 +54,24 @@ class EvalConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ResampledConfig(EvalConfig):
+    """Of an evaluation whose numbers have intervals (see `_resample`)."""
+
+    n_bootstrap: int = 1000
+    """Resamples of the documents that intervals are taken from; 0 for none."""
+
+    seed: int = 0
+    """Of what is drawn at random."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.n_bootstrap < 0:
+            raise ConfigError(
+                f"n_bootstrap={self.n_bootstrap} must not be negative; 0 leaves intervals out"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Findings:
     """What an evaluation hands to `evaluate`, which adds where it comes from."""
 
@@ -88,11 +106,27 @@ class Eval(ABC):
     def run(self) -> Findings:
         """Look, and report. Called under `torch.no_grad`, with an SAE that fits cache and hook."""
 
+    @classmethod
+    def misfit(cls, cache: ActivationCache, hook: str) -> str | None:
+        """Why this evaluation says nothing about SAEs of this cache and hook; None where it does.
+
+        For one that is of some hooks or caches alone: `saekit eval all` then leaves it out.
+        """
+        return None
+
     def batches(self) -> Iterator[Float[Tensor, "row d"]]:
         """The activations that the mask keeps, at most `max_rows`, in stored order.
 
         Raises CacheError where there are none.
         """
+        index = self.rows()
+        with bar("activations", len(index), shown=self.progress) as shown:
+            for some in torch.split(index, self.cfg.batch_size):
+                yield self.cache.rows(self.hook, some).to(self.device)
+                shown.advance(len(some))
+
+    def rows(self) -> Int[Tensor, " row"]:
+        """Which rows of the cache `batches` gives. Raises CacheError where there are none."""
         cfg = self.cfg
         index = self.cache.indices(cfg.split, cfg.exclude)[: cfg.max_rows]
         if len(index) == 0:
@@ -100,10 +134,11 @@ class Eval(ABC):
                 f"split '{cfg.split}' of {self.cache.url} has no rows outside "
                 f"{list(cfg.exclude)}; choose another split, or harvest more documents"
             )
-        with bar("activations", len(index), shown=self.progress) as shown:
-            for some in torch.split(index, cfg.batch_size):
-                yield self.cache.rows(self.hook, some).to(self.device)
-                shown.advance(len(some))
+        return index
+
+    def documents(self) -> Int[Tensor, " row"]:
+        """Of each of those rows."""
+        return self.cache.take("document", self.rows()).long().to(self.device)
 
     def load_model(self) -> LanguageModel:
         """The language model that the cache was harvested from, in the precision it ran in then.

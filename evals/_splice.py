@@ -11,7 +11,7 @@ Axes: batch (windows), pos, row (edited positions), d, token (scored positions),
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -42,9 +42,15 @@ class Losses:
     """-log p(next token)."""
     kl: Mean = Mean()
     """KL(clean || edited) of the next-token distributions."""
+    documents: Mapping[int, tuple[Mean, Mean]] = field(default_factory=dict)
+    """Both, of each document's positions."""
 
     def __add__(self, other: "Losses") -> "Losses":
-        return Losses(self.ce + other.ce, self.kl + other.kl)
+        both = dict(self.documents)
+        for document, (ce, kl) in other.documents.items():
+            before = both.get(document, (Mean(), Mean()))
+            both[document] = before[0] + ce, before[1] + kl
+        return Losses(self.ce + other.ce, self.kl + other.kl, both)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +60,8 @@ class _Batch:
     ids: Int[Tensor, "batch pos"]
     edited: Bool[Tensor, "batch pos"]
     scored: Bool[Tensor, "batch pos"]
+    document: Int[Tensor, " token"]
+    """Of each scored position."""
 
     @classmethod
     def of(cls, windows: Sequence[Window], n_scored: int, device: str) -> "_Batch":
@@ -68,7 +76,9 @@ class _Batch:
             edited[row, :n] = window.keep
             scored[row, : n - 1] = window.keep[:-1]
         scored &= scored.flatten().cumsum(0).view(shape) <= n_scored
-        return cls(ids.to(device), edited.to(device), scored.to(device))
+        of = torch.tensor([window.document for window in windows])
+        document = of[scored.nonzero()[:, 0]]
+        return cls(ids.to(device), edited.to(device), scored.to(device), document.to(device))
 
 
 def spliced_losses(
@@ -93,10 +103,10 @@ def spliced_losses(
         seen: list[Tensor] = []
         clean = model.logits(batch.ids, {hook: _recording(seen)})[batch.scored]
         _compare_with_cache(seen[0][batch.edited].float().cpu(), some, cache, hook)
-        losses["clean"] += _compare(clean, clean, target)
+        losses["clean"] += _compare(clean, clean, target, batch.document)
         for name, edit in edits.items():
             logits = model.logits(batch.ids, {hook: _only_at(batch.edited, edit)})[batch.scored]
-            losses[name] += _compare(clean, logits, target)
+            losses[name] += _compare(clean, logits, target, batch.document)
         left -= len(target)
         advance(len(target))
         if left <= 0:
@@ -140,13 +150,17 @@ def _compare(
     clean: Float[Tensor, "token vocab"],
     edited: Float[Tensor, "token vocab"],
     target: Int[Tensor, " token"],
+    document: Int[Tensor, " token"],
 ) -> Losses:
     """Losses of some tokens, a few at a time, so that a large vocabulary fits in fp32."""
     size = max(1, _PROBABILITIES_AT_ONCE // clean.shape[1])
     losses = Losses()
-    for p, q, token in zip(*(torch.split(t, size) for t in (clean, edited, target)), strict=True):
+    parts = (torch.split(t, size) for t in (clean, edited, target, document))
+    for p, q, token, of in zip(*parts, strict=True):
         log_p, log_q = p.float().log_softmax(1), q.float().log_softmax(1)
-        losses += Losses(Mean.of(cross_entropy(log_q, token)), Mean.of(kl_divergence(log_p, log_q)))
+        ce, kl = cross_entropy(log_q, token), kl_divergence(log_p, log_q)
+        each = {int(d): (Mean.of(ce[of == d]), Mean.of(kl[of == d])) for d in of.unique()}
+        losses += Losses(Mean.of(ce), Mean.of(kl), each)
     return losses
 
 

@@ -3,6 +3,9 @@
 Reconstruction and sparsity are measured on the cache's rows; cross-entropy on the model itself,
 with the activation at the hook replaced by the SAE's reconstruction, by zero, and by the mean
 activation. All numbers share one token mask, and every ratio is a ratio of sums over all tokens.
+
+Intervals are of 95 %, by bootstrap over documents (`_resample`). `ev` is the number to quote; the
+other `ev_...` are what goes by the same name elsewhere, to compare with.
 """
 
 import logging
@@ -13,13 +16,22 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from saekit.errors import CacheError, ConfigError
-from saekit.evals._base import Eval, EvalConfig, Findings
-from saekit.evals._metrics import DENSE, Firing, Reconstruction, Undefined, ce_recovered
-from saekit.evals._splice import spliced_losses
+from saekit.evals._base import Eval, EvalConfig, Findings, ResampledConfig
+from saekit.evals._core_rows import CoreRows, Samples
+from saekit.evals._metrics import (
+    DENSE,
+    MIN_CE_RISE,
+    Firing,
+    Reconstruction,
+    Undefined,
+    ce_recovered,
+)
+from saekit.evals._resample import Estimate, Resamples
+from saekit.evals._splice import Losses, spliced_losses
 from saekit.progress import bar
 from saekit.results import Metric
 
@@ -27,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CoreConfig(EvalConfig):
+class CoreConfig(ResampledConfig):
     ce_tokens: int = 50_000
     """Tokens whose loss is measured, at most: the first of the split. 0 leaves the model out."""
 
@@ -42,17 +54,43 @@ class Core(Eval):
     cfg: CoreConfig
 
     def run(self) -> Findings:
-        quality, firing = reduce(
-            lambda a, b: (a[0] + b[0], a[1] + b[1]), map(self._measure, self.batches())
+        documents = self.documents()
+        resamples = self._resamples(documents)
+        stats = self.cache.stats(self.hook)
+        centre = torch.tensor(stats.sum, dtype=torch.float64, device=self.device) / stats.n
+        measured = (
+            self._measure(x, document, resamples, centre)
+            for x, document in zip(
+                self.batches(), documents.split(self.cfg.batch_size), strict=True
+            )
         )
-        metrics = {**_reconstruction(quality), **_sparsity(firing)}
+        quality, firing, rows = reduce(
+            lambda a, b: (a[0] + b[0], a[1] + b[1], a[2] + b[2]), measured
+        )
+        samples = rows.found()
+        metrics = {**_reconstruction(quality), **_others(samples, quality.n), **_sparsity(firing)}
+        metrics = _with_intervals(metrics, samples)
         if self.cfg.ce_tokens:
             metrics |= self._loss()
         return Findings(metrics=metrics, arrays={"density": firing.density.float().numpy()})
 
-    def _measure(self, x: Float[Tensor, "row d"]) -> tuple[Reconstruction, Firing]:
+    def _resamples(self, documents: Int[Tensor, " row"]) -> Resamples:
+        return Resamples.of(documents, self.cfg.n_bootstrap, self.cfg.seed)
+
+    def _measure(
+        self,
+        x: Float[Tensor, "row d"],
+        document: Int[Tensor, " row"],
+        resamples: Resamples,
+        centre: Float[Tensor, " d"],
+    ) -> tuple[Reconstruction, Firing, CoreRows]:
         code = self.sae.encode_sparse(x)
-        return Reconstruction.of(x, self.sae.decode(code, x)), Firing.of(code, self.sae.d_sae)
+        x_hat = self.sae.decode(code, x)
+        return (
+            Reconstruction.of(x, x_hat),
+            Firing.of(code, self.sae.d_sae),
+            CoreRows.of(resamples, x, x_hat, code, self.sae.W_dec.norm(dim=1), document, centre),
+        )
 
     def _loss(self) -> dict[str, Metric]:
         cfg = self.cfg
@@ -77,7 +115,7 @@ class Core(Eval):
                 f"no token of split '{cfg.split}' of {self.cache.url} has a next token to "
                 "predict: choose another split, or ce_tokens=0 to leave the model out"
             )
-        return _cross_entropy({name: loss.ce.value for name, loss in losses.items()}, n) | {
+        metrics = _cross_entropy({name: loss.ce.value for name, loss in losses.items()}, n) | {
             "kl_sae": Metric(
                 value=losses["sae"].kl.value,
                 definition="mean over tokens of KL(p_clean || p_sae) of the next-token "
@@ -85,6 +123,27 @@ class Core(Eval):
                 n=n,
             )
         }
+        return _with_intervals(metrics, self._loss_samples(losses))
+
+    def _loss_samples(self, losses: dict[str, Losses]) -> dict[str, Samples]:
+        """What the losses are in each resample of their documents."""
+        documents = torch.tensor(list(losses["clean"].documents))
+        resamples = self._resamples(documents)
+
+        def means(name: str, which: int) -> Samples:
+            each = [losses[name].documents[int(d)][which] for d in documents]
+            totals = torch.tensor([[m.total, m.n] for m in each], dtype=torch.float64)
+            sums = resamples.sums(totals, documents)
+            return sums[:, 0] / sums[:, 1]
+
+        ce = {name: means(name, 0) for name in losses}
+        found = {f"ce_{name}": values for name, values in ce.items()}
+        found |= {"kl_sae": means("sae", 1), "ce_delta": ce["sae"] - ce["clean"]}
+        for name in ("zero", "mean"):
+            rise = ce[name] - ce["clean"]
+            share = (ce[name] - ce["sae"]) / rise
+            found[f"ce_recovered_{name}"] = share.where(rise > MIN_CE_RISE, torch.nan)
+        return found
 
     def _train_mean(self) -> Float[Tensor, " d"]:
         """The mean activation over training documents: with split "test", a separate sample."""
@@ -143,6 +202,40 @@ def _reconstruction(quality: Reconstruction) -> dict[str, Metric]:
         near="mse",
     )
     return metrics
+
+
+_OTHER = {
+    "ev_dimension_mean": "mean over dimensions j of 1 - sum e_j^2 / sum (x_j - mu_j)^2; those that "
+    "do not vary are left out",
+    "ev_token_mean": "mean over rows of 1 - |e|^2 / |x - mu|^2, mu the mean over the whole cache: "
+    "rows count alike, and those near the mean decide",
+    "ev_uncentred": "1 - sum|e|^2 / sum|x|^2: the mean of x counts as explained",
+    "ev_centred_error": "1 - sum|e - mean e|^2 / sum|x - mu|^2: a constant error counts as none",
+    "ev_scalar_mean": "1 - sum|e|^2 / sum_ij (x_ij - m)^2, m one mean over all entries",
+    "gain": "sum(x . x_hat) / sum|x_hat|^2, the factor on x_hat that leaves the least error; above "
+    "1 is shrinkage",
+    "l1_mean": "mean over rows of sum_i |z_i| |d_i|, d_i the decoder row: what it is does not hang "
+    "on how latents are scaled",
+}
+
+
+def _others(samples: dict[str, Samples], n: int) -> dict[str, Metric]:
+    """What other tools report, and numbers that are read beside the rest; e = x - x_hat."""
+    return {
+        name: Metric(value=float(samples[name][0]), definition=definition, n=n)
+        for name, definition in _OTHER.items()
+        if samples[name][0].isfinite()
+    }
+
+
+def _with_intervals(metrics: dict[str, Metric], samples: dict[str, Samples]) -> dict[str, Metric]:
+    found = {name: Estimate.of(samples[name]) for name in metrics.keys() & samples.keys()}
+    return {
+        name: replace(metric, interval=estimate.interval)
+        if (estimate := found.get(name)) is not None
+        else metric
+        for name, metric in metrics.items()
+    }
 
 
 def _sparsity(firing: Firing) -> dict[str, Metric]:

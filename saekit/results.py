@@ -26,6 +26,10 @@ from saekit.files import write_atomic, write_json
 RESULTS = "results"
 """The folder inside a run that holds its results."""
 
+CONTROLS = "controls"
+"""The folder inside that one that holds the results of its SAE's controls, each in a folder of the
+control's name."""
+
 
 def versions() -> dict[str, str]:
     """What a result was computed with."""
@@ -176,6 +180,30 @@ class LatentExamples:
         values["exclude"] = tuple(values["exclude"])
         values |= _load_arrays(folder / f"{cls.NAME}.safetensors")
         return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """Which control the results in a folder are of, and which SAE it was made beside. Written as
+    `results/controls/<name>/control.json`; its weights are not kept, as they can be made again."""
+
+    name: str
+    of: str
+    """Fingerprint of the SAE that it stands beside."""
+    sae_fingerprint: str
+    """Of the control's own weights."""
+    d_sae: int
+    provenance: Provenance
+
+    FILE = "control.json"
+
+    def save(self, folder: Path) -> None:
+        write_json(folder / self.FILE, dataclasses.asdict(self))
+
+    @classmethod
+    def load(cls, folder: Path) -> "Control":
+        values = json.loads((folder / cls.FILE).read_text(encoding="utf-8"))
+        return cls(**{**values, "provenance": Provenance.from_dict(values["provenance"])})
 
 
 def _save_arrays(path: Path, arrays: dict[str, ndarray]) -> None:

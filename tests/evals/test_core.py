@@ -8,7 +8,10 @@ import torch
 from saekit import ActivationCache, evaluate
 from saekit.activations_cache.model import LanguageModel
 from saekit.errors import CacheError, ConfigError
-from saekit.evals.core import CoreConfig
+from saekit.evals._metrics import Mean
+from saekit.evals._resample import Resamples
+from saekit.evals._splice import Losses
+from saekit.evals.core import Core, CoreConfig
 from saekit.results import EvalResult
 from saekit.sae import SAE
 
@@ -155,6 +158,47 @@ def test_a_split_without_rows_is_refused(exact: SAE, tiny_cache: ActivationCache
         core(exact, cache)
 
 
-def test_a_negative_number_of_tokens_is_refused() -> None:
-    with pytest.raises(ConfigError, match="ce_tokens=-1 must not be negative"):
-        CoreConfig(ce_tokens=-1)
+@pytest.mark.parametrize("name", ["ce_tokens", "n_bootstrap"])
+def test_a_negative_number_is_refused(name: str) -> None:
+    given: dict[str, Any] = {name: -1}
+    with pytest.raises(ConfigError, match=f"{name}=-1 must not be negative"):
+        CoreConfig(**given)
+
+
+def test_numbers_have_intervals_by_document(random_sae: SAE, tiny_cache: ActivationCache) -> None:
+    metrics = core(random_sae, tiny_cache).metrics
+    for name in (
+        "ev",
+        "ev_token_mean",
+        "mse",
+        "l1_mean",
+        "ce_clean",
+        "ce_sae",
+        "kl_sae",
+    ):
+        interval = metrics[name].interval
+        assert interval is not None and interval[0] < metrics[name].value < interval[1], name
+    assert metrics["dead_share"].interval is None
+    again = core(random_sae, tiny_cache, batch_size=50).metrics["ev"].interval
+    assert again == pytest.approx(metrics["ev"].interval, rel=1e-9)
+    assert core(random_sae, tiny_cache, seed=1).metrics["ev"].interval != metrics["ev"].interval
+    without = core(random_sae, tiny_cache, n_bootstrap=0)
+    assert not any(metric.interval for metric in without.metrics.values())
+    assert without.metrics["ev"].value == metrics["ev"].value
+
+
+def test_the_loss_of_a_resample_is_that_of_its_documents(
+    random_sae: SAE, tiny_cache: ActivationCache
+) -> None:
+    eval_ = Core(CoreConfig(n_bootstrap=3), random_sae, tiny_cache, HOOK)
+    of = {5: 1.0, 8: 3.0}
+    losses = {
+        name: Losses(documents={d: (Mean(more * v, 2), Mean(v, 1)) for d, v in of.items()})
+        for name, more in (("clean", 2.0), ("sae", 3.0), ("zero", 10.0), ("mean", 2.0))
+    }
+    found = eval_._loss_samples(losses)
+    weights = Resamples.of(torch.tensor([5, 8]), 3, 0).weights.double()
+    ce = (weights @ torch.tensor([1.0, 3.0]).double()) / weights.sum(1) / 2
+    assert found["ce_sae"].tolist() == pytest.approx((3 * ce).tolist())
+    assert found["ce_recovered_zero"].tolist() == pytest.approx([7 / 8] * 4)
+    assert found["ce_recovered_mean"].isnan().all()

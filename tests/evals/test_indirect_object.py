@@ -1,0 +1,403 @@
+"""On the embedded model, which solves the task."""
+
+import dataclasses
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from saekit import ActivationCache, HarvestConfig, evaluate, harvest
+from saekit.activations_cache.model import LanguageModel
+from saekit.errors import ConfigError, SaekitError
+from saekit.evals._indirect_object_prompts import (
+    ATTRIBUTES,
+    ROLES,
+    Attribute,
+    Prompts,
+    changed,
+    make,
+)
+from saekit.evals._task_patch import Patcher
+from saekit.evals._task_scores import Table, effect, necessity, recovered, sufficiency
+from saekit.evals.indirect_object import IndirectObjectConfig
+from saekit.results import EvalResult
+from saekit.sae import SAE, ReLU, TopK
+
+HOOK = "resid_post.1"
+NAMES = ("George", "Emily", "Robert", "Rachel", "Kate", "Peter", "Helen", "David")
+SMALL: dict[str, Any] = {
+    "n_fit": 48,
+    "n_test": 12,
+    "n_patch": 3,
+    "names": NAMES,
+    "k": (2,),
+    "attributes": ("IO",),
+    "occlude": (1.0,),
+    "n_bootstrap": 20,
+}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path) -> ActivationCache:
+    cfg = HarvestConfig(
+        model="demo", dataset=str(corpus_file), hooks=(HOOK,), n_tokens=300, context=32
+    )
+    return harvest(cfg, tmp_path_factory.mktemp("demo") / "cache")
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    return LanguageModel.load("demo")
+
+
+@pytest.fixture(scope="module")
+def prompts(model: LanguageModel) -> Prompts:
+    return make(model, 12, 0, "test")
+
+
+@pytest.fixture(scope="module")
+def wide_exact() -> SAE:
+    eye = torch.eye(256)
+    both = torch.cat([eye, -eye])
+    return SAE(both.T.clone(), torch.zeros(512), both, torch.zeros(256), ReLU())
+
+
+@pytest.fixture(scope="module")
+def sparse() -> SAE:
+    """Random directions, six to a row."""
+    rows = torch.randn(80, 256, generator=torch.Generator().manual_seed(0))
+    rows = rows / rows.norm(dim=1, keepdim=True)
+    return SAE(rows.T.clone(), torch.zeros(80), rows, torch.zeros(256), TopK(6))
+
+
+def run(sae: SAE, cache: ActivationCache, **changes: Any) -> EvalResult:
+    cfg = IndirectObjectConfig(device="cpu", **{**SMALL, **changes})
+    return evaluate("indirect_object", sae, cache, hook=HOOK, config=cfg)
+
+
+@pytest.fixture(scope="module")
+def found(sparse: SAE, cache: ActivationCache) -> EvalResult:
+    return run(sparse, cache)
+
+
+def values(result: EvalResult) -> dict[str, float]:
+    return {name: metric.value for name, metric in result.metrics.items()}
+
+
+def one_answer(
+    model: LanguageModel, prompts: Prompts, row: int, places: list[int], new: Tensor | None
+) -> tuple[float, int]:
+    """Logit difference and answer of a prompt alone, without padding."""
+    ids = prompts.ids[row, : prompts.length[row]][None]
+
+    def edit(x: Tensor) -> Tensor:
+        assert new is not None
+        x = x.clone()
+        for place, value in zip(places, new, strict=True):
+            x[0, prompts.at[row, place]] = value
+        return x
+
+    logits = model.logits(ids, None if new is None else {HOOK: edit})[0, -1].double()
+    io, subject = (prompts.token[n[row]] for n in (prompts.io, prompts.subject))
+    return float(logits[io] - logits[subject]), int(logits.argmax())
+
+
+# The prompts.
+
+
+def test_the_embedded_model_solves_the_prompts(model: LanguageModel) -> None:
+    some = make(model, 100, 1, "test")
+    answers = Patcher(model, HOOK, (3,), 2048).answer(some)
+    assert (answers.difference > 0).double().mean() > 0.95
+    assert (answers.top == some.token[some.io]).double().mean() > 0.95
+
+
+def test_roles_are_where_the_names_stand(model: LanguageModel, prompts: Prompts) -> None:
+    for row in range(len(prompts)):
+        ids = prompts.ids[row, : prompts.length[row]].tolist()
+        io, subject = (int(prompts.token[n[row]]) for n in (prompts.io, prompts.subject))
+        first = [i for i, token in enumerate(ids) if token == subject]
+        assert prompts.at[row].tolist() == [ids.index(io), *first, len(ids) - 1]
+        assert ("ABB", "BAB")[prompts.order[row]] == ("ABB" if ids.index(io) < first[0] else "BAB")
+        assert ids[0] == model.prefix[0]
+        assert model.vocab[io] == f" {prompts.names[prompts.io[row]]}"
+
+
+@pytest.mark.parametrize("attribute", ATTRIBUTES)
+def test_a_counterfactual_changes_one_attribute(prompts: Prompts, attribute: Attribute) -> None:
+    other = changed(prompts, attribute, 0)
+    column = ATTRIBUTES.index(attribute)
+    same = other.values == prompts.values
+    assert not same[:, column].any() and same.sum() == 2 * len(prompts)
+    assert (other.io != other.subject).all()
+    moved = (other.ids != prompts.ids).sum(1)
+    assert moved.tolist() == [{"IO": 1, "S": 2, "Pos": 2}[attribute]] * len(prompts)
+    rows = torch.arange(len(prompts))
+    for role, name in (("io", other.io), ("s1", other.subject), ("s2", other.subject)):
+        assert (other.ids[rows, other.at[:, ROLES.index(role)]] == other.token[name]).all()
+
+
+def test_a_seed_gives_the_same_prompts_and_no_prompt_comes_twice(model: LanguageModel) -> None:
+    some, again = make(model, 60, 4, "test"), make(model, 60, 4, "test")
+    assert torch.equal(some.ids, again.ids)
+    assert len(some.ids.unique(dim=0)) == 60
+
+
+def test_names_of_several_tokens_are_left_out(model: LanguageModel) -> None:
+    some = make(model, 5, 0, "test", (*NAMES, "Nebuchadnezzar"))
+    assert some.names == NAMES
+
+
+def test_a_model_without_the_names_is_refused(random_sae: SAE, tiny_cache: ActivationCache) -> None:
+    with pytest.raises(ConfigError, match="only 0 of 40 names are tokens of their own"):
+        evaluate("indirect_object", random_sae, tiny_cache, hook="resid_post.0")
+
+
+# Running them.
+
+
+def test_activations_and_answers_are_those_of_each_prompt_alone(
+    model: LanguageModel, prompts: Prompts
+) -> None:
+    places = [0, 3]
+    patcher = Patcher(model, HOOK, tuple(places), 70)
+    x = patcher.read(prompts)
+    new = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    clean, patched = patcher.answer(prompts), patcher.answer(prompts, new)
+    for row in range(len(prompts)):
+        ids = prompts.ids[row, : prompts.length[row]][None]
+        alone = model.capture(model.inputs(ids), [HOOK])[HOOK][0, prompts.at[row, places]]
+        torch.testing.assert_close(x[row], alone, rtol=1e-4, atol=1e-4)
+        for answers, by in ((clean, None), (patched, new[row])):
+            difference, top = one_answer(model, prompts, row, places, by)
+            assert answers.difference[row].item() == pytest.approx(difference, abs=1e-3)
+            assert answers.top[row].item() == top
+
+
+def test_an_activation_in_its_own_place_changes_nothing(
+    model: LanguageModel, prompts: Prompts
+) -> None:
+    patcher = Patcher(model, HOOK, (0, 1, 2, 3), 4096)
+    clean, patched = patcher.answer(prompts), patcher.answer(prompts, patcher.read(prompts))
+    torch.testing.assert_close(patched.difference, clean.difference, rtol=1e-5, atol=1e-4)
+
+
+def test_logits_that_are_not_finite_are_refused(model: LanguageModel, prompts: Prompts) -> None:
+    patcher = Patcher(model, HOOK, (0,), 4096)
+    with pytest.raises(SaekitError, match="logits contain NaN or infinity"):
+        patcher.answer(prompts, torch.full((len(prompts), 1, 256), math.nan))
+
+
+# The scores.
+
+
+def test_scores_worked_by_hand() -> None:
+    clean, ablated, x_hat, without = (torch.tensor([v]) for v in (3.0, -1.0, 2.0, 0.0))
+    assert sufficiency(clean, x_hat).item() == pytest.approx(2 / 3)
+    assert recovered(clean, ablated, x_hat).item() == pytest.approx(0.75)
+    assert necessity(clean, ablated, without).item() == pytest.approx(0.75)
+    assert effect(clean, ablated, x_hat).item() == pytest.approx(0.25)
+    # What lies beyond mean ablation counts as recovered: absolute values, as in the paper's code.
+    assert recovered(clean, ablated, torch.tensor([-2.0])).item() == pytest.approx(0.25)
+
+
+def test_a_share_of_nothing_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    table = Table.over(4, 10, 0)
+    same = table.mean(torch.ones(4))
+    with caplog.at_level(logging.WARNING):
+        table.add("share", recovered(same, same, same * 2), "")
+    assert not table.metrics
+    assert "share is left out: what it is a share of is no more than 0.01" in caplog.text
+
+
+def test_a_share_of_what_may_be_nothing_is_left_out() -> None:
+    """293 would be recovered of an ablation that moves the logits by chance."""
+    table = Table.over(20, 50, 0)
+    noise = torch.randn(20, generator=torch.Generator().manual_seed(0))
+    clean, ablated = table.mean(10 + noise), table.mean(10.05 + noise.flip(0))
+    table.add("share", recovered(clean, ablated, ablated - 15), "")
+    assert abs(float(clean[0] - ablated[0])) > 0.01 and not table.metrics
+    table.add("share", recovered(clean, ablated - 5, ablated), "")
+    assert table.metrics["share"].value == pytest.approx(1, abs=0.1)
+
+
+def test_intervals_are_the_quantiles_of_seeded_resamples() -> None:
+    data = torch.arange(30.0).square()
+    table, again = Table.over(30, 400, 0), Table.over(30, 400, 0)
+    for some in (table, again):
+        some.add_mean("mean", data, "mean")
+    low, high = table.metrics["mean"].interval or (0.0, 0.0)
+    assert table.metrics == again.metrics
+    weights = table.resamples.weights[1:].double()
+    assert (weights.sum(1) == 30).all()
+    means = (weights * data).sum(1) / 30
+    tails = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64))
+    assert [low, high] == pytest.approx(tails.tolist(), rel=1e-12)
+    assert low < data.mean().item() < high
+    assert table.metrics["mean"].value == pytest.approx(data.mean().item())
+
+
+def test_the_interval_of_a_count_lies_about_the_count() -> None:
+    table = Table.over(5, 4, 0)
+    table.add_count("count", torch.tensor([10.0, 2.0, 3.0, 4.0, 3.0]), "")
+    low, high = table.metrics["count"].interval or (0.0, 0.0)
+    assert 9 <= low < 10 < high <= 11
+
+
+# The whole.
+
+
+def test_an_exact_sae_does_all_and_leaves_nothing(wide_exact: SAE, cache: ActivationCache) -> None:
+    numbers = values(run(wide_exact, cache, positions=("io",), k=(512,), occlude=(), n_patch=2))
+    for name in ("sufficiency", "recovered_mean", "necessity_mean", "ev"):
+        assert numbers[f"sae_{name}"] == pytest.approx(1, abs=1e-4)
+    # Exchanging all latents is the patch.
+    assert numbers["io_agreement_sae_k512"] == 1
+    assert numbers["io_effect_sae_k512"] == pytest.approx(1, abs=1e-4)
+    assert numbers["io_share_sae_k512"] == pytest.approx(1, abs=0.02)
+
+
+def test_numbers_agree_with_prompts_run_one_by_one(
+    found: EvalResult, sparse: SAE, model: LanguageModel
+) -> None:
+    n, places = 3, [0, 1, 2, 3]
+    every = make(model, 60, 0, "test", NAMES)
+    fit, test = every[:48], every[48:51]
+
+    def read(prompts: Prompts, row: int) -> Tensor:
+        ids = prompts.ids[row, : prompts.length[row]][None]
+        seen = model.capture(model.inputs(ids), [HOOK])[HOOK]
+        return seen[0, prompts.at[row, places]].double()
+
+    mean = torch.stack([read(fit, row) for row in range(len(fit))]).mean(0)
+    target = changed(test, "IO", 0)
+    ld: dict[str, list[float]] = {"clean": [], "abl": [], "sae": [], "without": [], "edit": []}
+    agree, untouched = 0, 0
+    for row in range(n):
+        a, b = read(test, row), read(target, row)
+        z_a, z_b = (sparse.encode(x.float()).double() for x in (a, b))
+        x_hat = z_a @ sparse.W_dec.double()
+        edited = a.clone()
+        for place in places:
+            left = ((z_a[place] > 0) | (z_b[place] > 0)).nonzero()[:, 0].tolist()
+            for _ in range(2):
+                steps = {
+                    j: (z_b[place, j] - z_a[place, j]) * sparse.W_dec[j].double() for j in left
+                }
+                away = {j: float((edited[place] + s - b[place]).norm()) for j, s in steps.items()}
+                best = min(away, key=lambda j: away[j])
+                if away[best] < float((edited[place] - b[place]).norm()):
+                    edited[place] += steps[best]
+                    left.remove(best)
+        runs = {"abl": mean, "sae": x_hat, "without": mean + a - x_hat, "edit": edited}
+        difference, top = one_answer(model, test, row, places, None)
+        ld["clean"].append(difference)
+        _, wanted = one_answer(model, test, row, places, b.float())
+        untouched += top == wanted
+        for name, new in runs.items():
+            difference, top = one_answer(model, test, row, places, new.float())
+            ld[name].append(difference)
+            agree += name == "edit" and top == wanted
+    clean, ablated, x_hat_ld, without, edit = (sum(some) / n for some in ld.values())
+    numbers = values(found)
+    expected = {
+        "ld_clean": clean,
+        "ld_mean_ablated": ablated,
+        "sae_ld": x_hat_ld,
+        "sae_necessity_ld": without,
+        "io_ld_sae_k2": edit,
+        "sae_sufficiency": x_hat_ld / clean,
+        "sae_recovered_mean": abs(x_hat_ld - ablated) / abs(clean - ablated),
+        "sae_necessity_mean": 1 - abs(ablated - without) / abs(ablated - clean),
+        "io_agreement_sae_k2": agree / n,
+        "io_agreement_none": untouched / n,
+    }
+    # Logits are fp32, and those of a batch are not those of a prompt alone to the last digit.
+    assert {name: numbers[name] for name in expected} == pytest.approx(expected, abs=2e-3)
+
+
+def test_batch_size_changes_no_number(
+    found: EvalResult, sparse: SAE, cache: ActivationCache
+) -> None:
+    again = run(sparse, cache, batch_size=60)
+    assert values(again) == pytest.approx(values(found), rel=1e-4, abs=1e-4)
+    assert again.arrays.keys() == found.arrays.keys()
+
+
+def test_every_metric_is_finite_counted_and_defined_and_the_sae_left_alone(
+    sparse: SAE, found: EvalResult
+) -> None:
+    """What `test_common` asks of an evaluation, whose tiny model does not know a name."""
+    for metric in found.metrics.values():
+        assert math.isfinite(metric.value) and metric.n > 0 and metric.definition
+    rows = torch.randn(80, 256, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(sparse.W_dec, rows / rows.norm(dim=1, keepdim=True))
+
+
+def test_a_second_run_is_identical(sparse: SAE, cache: ActivationCache, found: EvalResult) -> None:
+    again = run(sparse, cache)
+    assert again.metrics == found.metrics
+    assert all((again.arrays[name] == array).all() for name, array in found.arrays.items())
+
+
+def test_the_supervised_dictionaries_edit_what_the_model_reads(found: EvalResult) -> None:
+    numbers = values(found)
+    assert numbers["io_agreement_none"] < 0.2 < 0.8 < numbers["io_agreement_mse_code"]
+    assert numbers["mse_code_sufficiency"] > 0.8
+    assert numbers["mse_code_ev"] > numbers["sae_ev"]
+
+
+def test_where_nothing_is_read_any_more_no_share_is_given(
+    sparse: SAE, cache: ActivationCache, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The model has not yet moved the name to the last position."""
+    with caplog.at_level(logging.WARNING):
+        numbers = values(run(sparse, cache, positions=("last",), k=(), occlude=(), n_patch=12))
+    assert numbers["io_agreement_none"] == 1
+    assert abs(numbers["io_ld_patch"] - numbers["ld_clean"]) < 1
+    assert not {"io_effect_mse_code", "sae_recovered_mean"} & numbers.keys()
+    assert "sae_recovered_mean is left out" in caplog.text
+
+
+def test_dropping_the_error_term_starts_at_the_reconstruction(
+    found: EvalResult, sparse: SAE, cache: ActivationCache
+) -> None:
+    dropped = values(run(sparse, cache, error_term="drop", occlude=()))
+    kept = values(found)
+    assert dropped["sae_ld"] == pytest.approx(kept["sae_ld"], abs=1e-4)
+    assert abs(dropped["io_ld_sae_k2"] - kept["io_ld_sae_k2"]) > 0.1
+
+
+def test_a_silent_sae_tells_nothing(
+    sparse: SAE, cache: ActivationCache, caplog: pytest.LogCaptureFixture
+) -> None:
+    silent = dataclasses.replace(sparse, b_enc=torch.full((80,), -1e6))
+    with caplog.at_level(logging.WARNING):
+        result = run(silent, cache)
+    numbers = values(result)
+    assert all(math.isfinite(number) for number in numbers.values())
+    assert "every number of random_sae is left out: " in caplog.text
+    assert numbers["sae_f1_50_any"] == numbers["io_share_sae_k2"] == 0
+    assert numbers["io_ld_sae_k2"] == pytest.approx(numbers["ld_clean"], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"split": "all"}, "split='all' is none of the task's"),
+        ({"n_patch": 0}, "n_patch=0 must be at least 1"),
+        ({"n_patch": 9, "n_test": 8}, "n_patch=9 exceeds n_test=8"),
+        ({"max_rows": 100}, "3000 prompts exceed max_rows=100"),
+        ({"k": (2, 0)}, "must each be at least 1"),
+        ({"k": (2, 2)}, "names something twice"),
+        ({"positions": ()}, "positions is empty"),
+        ({"n_bootstrap": -1}, "n_bootstrap=-1 must not be negative"),
+    ],
+)
+def test_what_cannot_work_is_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        IndirectObjectConfig(**given)
