@@ -13,7 +13,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
-from saekit.dashboard import figures
+from saekit.dashboard import figures, figures_compare
+from saekit.dashboard._comparison import Comparison
 from saekit.dashboard.data import Context, Span
 from saekit.results import Metric
 
@@ -31,6 +32,8 @@ def render(template: str, **values: Any) -> str:
         keep_trailing_newline=True,
     )
     environment.filters.update(
+        interval=interval,
+        short=lambda value: f"{value:.3g}",
         md=escape_markdown,
         md_context=markdown_context,
         number=number,
@@ -48,6 +51,16 @@ def contexts_html(contexts: Sequence[Context], maximum: float) -> str:
 def metrics_html(metrics: Mapping[str, Metric]) -> str:
     """Every metric with its definition, as an HTML table."""
     return render("metrics.html.j2", metrics=metrics)
+
+
+def compared_html(comparison: Comparison) -> str:
+    """SAEs and their controls in rows, headline numbers in columns, as an HTML table."""
+    return render("compared.html.j2", comparison=comparison, colour=figures_compare.colour)
+
+
+def interval(ends: tuple[float, float] | None) -> str:
+    """The ends of an interval; nothing where there is none."""
+    return "" if ends is None else f"{number(ends[0])} to {number(ends[1])}"
 
 
 def style() -> Markup:

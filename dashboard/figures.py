@@ -85,6 +85,16 @@ def training_curves(curves: Mapping[str, Float[ndarray, " step"]], columns: int 
     return _finish(figure, height=250 * rows + 10, top=34)
 
 
+def training_panels(curves: Mapping[str, Float[ndarray, " step"]]) -> dict[str, go.Figure]:
+    """The panels of `training_curves` one by one, for pages too narrow for them side by side; at
+    least one, which says that there is nothing."""
+    axes = {name: curves[name] for name in ("tokens", "step") if name in curves}
+    there = [name for name in _PANELS if name in curves]
+    return {name: training_curves({**axes, name: curves[name]}) for name in there} or {
+        "none": training_curves({})
+    }
+
+
 def density_histogram(density: Float[ndarray, " d_sae"], mark: float | None = None) -> go.Figure:
     """How often latents fire, on a log axis; those that never did have a bar of their own.
 

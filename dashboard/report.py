@@ -1,21 +1,38 @@
 """A run as a document: `report.html`, one file that needs no network, and `report.md`."""
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
-from saekit.dashboard import _render, data, figures
+from saekit.dashboard import _findings, _render, data, figures, figures_compare
+from saekit.dashboard._comparison import Comparison, Subject
+from saekit.dashboard.compare import parts
 from saekit.dashboard.data import Run
 from saekit.errors import SaekitError
 from saekit.files import write_text
-from saekit.results import EvalResult, LatentExamples
+from saekit.results import EvalResult, LatentExamples, Metric
 
 N_CONTEXTS, N_LOGITS = 6, 8
 """Contexts and output tokens shown of each latent."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """What an evaluation found, beside `core` and `examples`."""
+
+    name: str
+    measured_on: str
+    metrics: Mapping[str, Metric]
+    table: Markup
+    figure: Markup | None
+
+    @property
+    def count(self) -> int:
+        return len(self.metrics)
 
 
 @dataclass(frozen=True)
@@ -47,6 +64,8 @@ def write_report(run: Path, out: Path | None = None, *, n_latents: int = 24, see
             f"{out} must end in .html: that is what is written, with Markdown (.md) beside it"
         )
     chosen = data.sample_latents(examples, n_latents, seed)
+    subject = Subject.of(opened)
+    beside = Comparison([subject]) if subject.controls else None
     values = {
         "run": opened,
         "core": core,
@@ -56,21 +75,26 @@ def write_report(run: Path, out: Path | None = None, *, n_latents: int = 24, see
         "sample_note": _sample_note(examples, chosen, seed),
         "context_note": context_note(examples),
         "latents": [_latent(examples, latent) for latent in chosen],
-        "commands": _commands(opened),
-        "provenance": _provenance(opened, core),
+        "sections": _sections(subject),
+        "comparison": beside,
+        "commands": _commands(opened, subject),
+        "provenance": _provenance(opened, core, subject.results),
     }
+    panels = figures.training_panels(opened.curves)
     charts = {
-        "training": figures.training_curves(opened.curves),
+        **{f"training-{name}": figure for name, figure in panels.items()},
         "density": figures.density_histogram(examples.density),
         "ladder": figures.ce_ladder(core.metrics),
     }
     page = _render.render(
         "report.html.j2",
         **values,
+        training=[f"training-{name}" for name in panels],
         figures={name: Markup(figures.to_html(figure, name)) for name, figure in charts.items()},
         plotly=Markup(figures.plotly_script()),
         style=_render.style(),
         metrics_html=Markup(_render.metrics_html(core.metrics)),
+        controls=Markup(_render.compared_html(beside)) if beside else None,
     )
     write_text(out.with_suffix(".md"), _render.render("report.md.j2", **values))
     write_text(out, page)
@@ -103,6 +127,20 @@ def tiles(core: EvalResult) -> list[Tile]:
         for name, (label, form, aside) in kinds.items()
         if name in core.metrics
     ]
+
+
+def _sections(subject: Subject) -> list[Section]:
+    sections = []
+    for name, result in subject.results.items():
+        if name in ("core", "examples"):
+            continue
+        figure = None
+        if name == "dark_matter" and (bars := parts([subject])):
+            chart = figures_compare.dark_matter(bars)
+            figure = Markup(figures.to_html(chart, "dark_matter"))
+        table = Markup(_render.metrics_html(result.metrics))
+        sections.append(Section(name, measured_on(result), result.metrics, table, figure))
+    return sections
 
 
 def measured_on(core: EvalResult) -> str:
@@ -145,18 +183,23 @@ def _latent(examples: LatentExamples, latent: int) -> dict[str, Any]:
     }
 
 
-def _commands(run: Run) -> list[str]:
+def _commands(run: Run, subject: Subject) -> list[str]:
     again = f"{run.path}-again"
+    extra = [name for name in subject.results if name not in ("core", "examples")]
     train = f"saekit train {run.kind} {shlex.quote(str(run.path / data.CONFIG))}"
     return [
         *([f"{train} --out {shlex.quote(again)}"] if (run.path / data.CONFIG).is_file() else []),
         data.eval_command("core", Path(again)),
         data.eval_command("examples", Path(again)),
+        *(data.eval_command(name, Path(again)) for name in extra),
+        *([_findings.controls_command(Path(again))] if subject.controls else []),
         f"saekit report {shlex.quote(again)}",
     ]
 
 
-def _provenance(run: Run, core: EvalResult) -> list[tuple[str, list[tuple[str, str]]]]:
+def _provenance(
+    run: Run, core: EvalResult, results: Mapping[str, EvalResult]
+) -> list[tuple[str, list[tuple[str, str]]]]:
     made = run.provenance
     identity = {
         "SAE fingerprint": run.fingerprint,
@@ -170,7 +213,7 @@ def _provenance(run: Run, core: EvalResult) -> list[tuple[str, list[tuple[str, s
         ("Versions, training", _rows(made.versions if made else {})),
         ("Versions, evaluation", _rows(core.versions)),
         ("Config, training", _rows(run.config)),
-        ("Config, evaluation", _rows(core.config)),
+        *((f"Config of {name}", _rows(result.config)) for name, result in results.items()),
     ]
 
 

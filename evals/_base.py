@@ -143,8 +143,13 @@ class Eval(ABC):
     def load_model(self) -> LanguageModel:
         """The language model that the cache was harvested from, in the precision it ran in then.
 
-        Raises CacheError where another model now goes by that name.
+        Raises CacheError where another model now goes by that name, and where none made the rows.
         """
+        if "model_dtype" not in self.cache.manifest.config:
+            raise CacheError(
+                f"no language model made the rows of {self.cache.url}, so there is none to run: "
+                "evaluate what needs none, such as core with ce_tokens=0, or ground_truth"
+            )
         dtype = DTYPES[self.cache.manifest.config["model_dtype"]]
         model = LanguageModel.load(self.cache.model, self.device, dtype)
         if model.fingerprint != self.cache.model_fingerprint:

@@ -116,7 +116,8 @@ class CoreRows:
             ),
             "ev_token_mean": lambda: 1 - self["by_token"] / rows,
             "ev_uncentred": lambda: 1 - error / self["square"],
-            "ev_centred_error": lambda: 1 - self.e.total / self.x.total,
+            # An error that is the same everywhere has no scatter, which is NaN as a denominator.
+            "ev_centred_error": lambda: 1 - self.e.total.nan_to_num(0.0) / self.x.total,
             "ev_scalar_mean": lambda: 1 - error / scalar,
             "mse": lambda: error / rows,
             "cosine": lambda: self["cosine"] / self["nonzero"],

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from saekit import seeds
 from saekit.activations_cache.model import LanguageModel
-from saekit.activations_cache.store import Window
+from saekit.activations_cache.store import ActivationCache, Window
 from saekit.errors import ConfigError
 from saekit.evals._attribution import Entries, Site, attribution, head_attribution, mixing, site
 from saekit.evals._base import EvalConfig, Findings
@@ -81,6 +81,12 @@ class AttentionConfig(CoreConfig):
 class Attention(Core):
     Config: ClassVar[type[EvalConfig]] = AttentionConfig
     cfg: AttentionConfig
+
+    @classmethod
+    def misfit(cls, cache: ActivationCache, hook: str) -> str | None:
+        if hook.startswith("attn_z."):
+            return None
+        return f"{hook} does not hold the outputs of attention heads, as attn_z.L does"
 
     def run(self) -> Findings:
         model = self.load_model()

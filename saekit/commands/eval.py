@@ -1,4 +1,4 @@
-"""Evaluate an SAE: saekit eval NAME --sae RUN"""
+"""Evaluate SAEs: saekit eval NAME --sae RUN, or saekit eval all --sae RUN [RUN ...]"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,23 +29,27 @@ class EvalArgs(ConfigArgs):
 def run(argv: list[str]) -> None:
     from saekit.activations_cache.store import ActivationCache
     from saekit.checkpoint import load
+    from saekit.commands import _eval_all
     from saekit.evals import _kinds
     from saekit.evals._base import evaluate
     from saekit.results import RESULTS
 
-    name, argv = choice(argv, "eval", "NAME", _kinds.names())
+    name, argv = choice(argv, "eval", "NAME", [*_kinds.names(), "all"])
+    if name == "all":
+        _eval_all.run(argv)
+        return
     argv, given = toml(argv)
     config = _kinds.find(name).Config
     args = parse(EvalArgs, argv, f"eval {name}", config, given)
     sae = load(args.sae)
-    cache = _cache_of(args.sae) if args.cache is None else ActivationCache.open(args.cache)
+    cache = cache_of(args.sae) if args.cache is None else ActivationCache.open(args.cache)
     out = args.out or args.sae / RESULTS
     result = evaluate(name, sae, cache, hook=args.hook, config=args.config, out=out, progress=True)
     print_metrics(result)
     print(f"{out / name}.json\nNext: saekit report {args.sae}, or saekit dashboard {args.sae}")
 
 
-def _cache_of(sae: Path) -> "ActivationCache":
+def cache_of(sae: Path) -> "ActivationCache":
     """The cache that a run was trained on, in the order of its text."""
     from saekit.activations_cache.store import ActivationCache
     from saekit.config import read_toml

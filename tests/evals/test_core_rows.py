@@ -93,3 +93,9 @@ def test_a_row_at_the_centre_and_a_row_of_zeros_give_no_nan() -> None:
     assert found["gain"].isnan() and found["relative_reconstruction_bias"].isnan()
     assert found["cosine"] == 0 and found["l2_ratio"] == 0
     assert found["ev_token_mean"].isfinite()
+
+
+def test_a_constant_error_is_none_once_it_is_centred() -> None:
+    found = rows(X, X - torch.tensor([0.5, -1.0]), torch.arange(4), 3)[0].found()
+    assert found["ev_centred_error"].tolist() == [1, 1, 1, 1]
+    assert found["ev"][0] < 0.92
