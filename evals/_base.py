@@ -58,7 +58,8 @@ class ResampledConfig(EvalConfig):
     """Of an evaluation whose numbers have intervals (see `_resample`)."""
 
     n_bootstrap: int = 1000
-    """Resamples of the documents that intervals are taken from; 0 for none."""
+    """Resamples of the documents (of a task's prompts) that intervals are taken from; 0 for
+    none."""
 
     seed: int = 0
     """Of what is drawn at random."""

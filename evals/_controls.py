@@ -17,7 +17,7 @@ d_sae.
 """
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from saekit import seeds
 from saekit.activations_cache.store import ActivationCache
 from saekit.errors import CacheError, ConfigError
 from saekit.evals._base import matching_hook
+from saekit.evals._linear import Moments
 from saekit.evals._metrics import Firing
 from saekit.results import Provenance, versions
 from saekit.sae import SAE, JumpReLU, MatchingPursuit, ReLU, TopK
@@ -42,30 +43,6 @@ _ROWS = 8192
 _BATCH = 4096
 _PRE_AT_ONCE = 2**24
 """Elements of one `[row, d_sae]` tensor."""
-
-
-@dataclass(frozen=True, eq=False)
-class Moments:
-    """Mean and covariance of rows, as values to be joined."""
-
-    n: int
-    mean: Float64[Tensor, " d"]
-    scatter: Float64[Tensor, "d d"]
-    """sum of (x - mu)(x - mu)^T."""
-
-    @classmethod
-    def of(cls, x: Float[Tensor, "row d"]) -> "Moments":
-        x = x.double()
-        mean = x.mean(0)
-        centred = x - mean
-        return cls(len(x), mean, centred.T @ centred)
-
-    def __add__(self, other: "Moments") -> "Moments":
-        # Chan, Golub and LeVeque 1983.
-        n = self.n + other.n
-        apart = other.mean - self.mean
-        between = torch.outer(apart, apart) * (self.n * other.n / n)
-        return Moments(n, self.mean + apart * (other.n / n), self.scatter + other.scatter + between)
 
 
 def controls(
@@ -169,11 +146,11 @@ def pca_sae(
     """
     _check_count("l0", l0, cache.width(hook), "principal components")
     moments = _moments(cache, hook, max_rows, batch_size)
-    vectors = torch.linalg.eigh(moments.scatter).eigenvectors.flip(1)[:, :l0]
+    vectors = torch.linalg.eigh(moments.xx).eigenvectors.flip(1)[:, :l0]
     # Which of its two signs an eigenvector comes with is left to the library.
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     origin = _provenance("pca", cache, hook, {"l0": l0}, moments.n)
-    return _both_signs(vectors * largest.sign(), moments.mean, l0, origin)
+    return _both_signs(vectors * largest.sign(), moments.x_mean, l0, origin)
 
 
 def neuron_sae(
@@ -184,7 +161,7 @@ def neuron_sae(
     _check_count("k", k, cache.width(hook), "coordinates")
     moments = _moments(cache, hook, max_rows, batch_size)
     origin = _provenance("neuron", cache, hook, {"k": k}, moments.n)
-    return _both_signs(torch.eye(cache.width(hook)).double(), moments.mean, k, origin)
+    return _both_signs(torch.eye(cache.width(hook)).double(), moments.x_mean, k, origin)
 
 
 def _both_signs(

@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from saekit.evals._controls import Moments
 from saekit.evals._geometry_pass import root
+from saekit.evals._linear import Moments
 from saekit.evals._matching import random_rows
 from saekit.evals._metrics import Undefined
 from saekit.results import Metric

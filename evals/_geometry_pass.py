@@ -9,17 +9,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saekit.evals._base import Eval
-from saekit.evals._controls import Moments
+from saekit.evals._linear import Moments
 from saekit.evals._metrics import Firing, Undefined
 
 
 def root(moments: Moments) -> Float[Tensor, "d d"]:
     """The symmetric matrix R with R R^T the covariance of the rows. Raises Undefined where rows do
     not differ."""
-    values, vectors = torch.linalg.eigh(moments.scatter.cpu() / moments.n)
+    values, vectors = torch.linalg.eigh(moments.xx.cpu() / moments.n)
     # The symmetric one: no sign of an eigenvector is left to the library.
     found: Tensor = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-    if float(values[-1]) <= 1e-24 * float(moments.mean.square().sum()) or values[-1] <= 0:
+    if float(values[-1]) <= 1e-24 * float(moments.x_mean.square().sum()) or values[-1] <= 0:
         raise Undefined(
             f"the {moments.n} activations are all the same: there is no covariance to draw from"
         )

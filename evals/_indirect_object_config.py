@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from saekit.errors import ConfigError
-from saekit.evals._base import EvalConfig
+from saekit.evals._base import ResampledConfig
 from saekit.evals._indirect_object_prompts import ATTRIBUTES, ROLES, Attribute, Role
 
 
 @dataclass(frozen=True, kw_only=True)
-class IndirectObjectConfig(EvalConfig):
+class IndirectObjectConfig(ResampledConfig):
     """The prompts are made here, of the task's own names and templates: of the cache only the model
     is read. `max_rows` bounds the prompts; every token that is looked at is a name or the last one,
     so that `exclude` leaves none out."""
@@ -52,12 +52,6 @@ class IndirectObjectConfig(EvalConfig):
     occlude: tuple[float, ...] = (0.5, 1.0)
     """Shares of the supervised IO code to take away before latents are counted."""
 
-    n_bootstrap: int = 1000
-    """Resamples of the prompts, for the intervals."""
-
-    seed: int = 0
-    """Of prompts, counterfactuals, controls and resamples."""
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.split == "all":
@@ -86,5 +80,3 @@ class IndirectObjectConfig(EvalConfig):
             raise ConfigError(f"positions is empty: give at least one of {', '.join(ROLES)}")
         if min(self.k, default=1) < 1:
             raise ConfigError(f"k={self.k} must each be at least 1: latents to exchange")
-        if self.n_bootstrap < 0:
-            raise ConfigError(f"n_bootstrap={self.n_bootstrap} must not be negative; 0 is none")

@@ -52,8 +52,10 @@ class Moments:
     """sum of (x - x_mean)(y - y_mean)^T."""
 
     @classmethod
-    def of(cls, x: Float[Tensor, "row p"], y: Float[Tensor, "row q"]) -> "Moments":
-        x, y = x.double(), y.double()
+    def of(cls, x: Float[Tensor, "row p"], y: Float[Tensor, "row q"] | None = None) -> "Moments":
+        """Without targets, where mean and scatter of x are all that is wanted."""
+        x = x.double()
+        y = x[:, :0] if y is None else y.double()
         x_mean, y_mean = x.mean(0), y.mean(0)
         centred = x - x_mean
         return cls(len(x), x_mean, y_mean, centred.T @ centred, centred.T @ (y - y_mean))

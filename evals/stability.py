@@ -35,9 +35,9 @@ from torch import Tensor
 from saekit import checkpoint
 from saekit.errors import ConfigError
 from saekit.evals._base import Eval, EvalConfig, Findings, matching_hook
-from saekit.evals._controls import Moments
 from saekit.evals._geometry_nulls import Null, beside_nulls, nulls
 from saekit.evals._geometry_pass import alive, look
+from saekit.evals._linear import Moments
 from saekit.evals._matching import (
     SIGNS,
     Compared,

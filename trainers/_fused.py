@@ -146,7 +146,7 @@ class FusedBatchTopK(FusedStep):
     _trainer: "BatchTopKTrainer"
 
     def _form(self, *parameters: Tensor, **options: Any) -> Any:
-        from saekit.kernels.triton_step import FusedBatchTopKStep
+        from saekit.kernels.triton_step_forms import FusedBatchTopKStep
 
         n_kept = self._trainer.entries(options["batch_size"])
         return FusedBatchTopKStep(*parameters, n_kept=n_kept, **options)
@@ -162,7 +162,7 @@ class FusedMutualChoice(FusedBatchTopK):
     _trainer: "MutualChoiceTrainer"
 
     def _form(self, *parameters: Tensor, **options: Any) -> Any:
-        from saekit.kernels.triton_step import FusedMutualChoiceStep
+        from saekit.kernels.triton_step_forms import FusedMutualChoiceStep
 
         if not self._revives or not self._trainer.cfg.zipf:
             return super()._form(*parameters, **options)
@@ -220,7 +220,7 @@ class FusedJumpReLU(FusedStep):
         """Of the last batch, where its step was fused; else the trainer has it on the device."""
 
     def _form(self, *parameters: Tensor, **options: Any) -> Any:
-        from saekit.kernels.triton_step import FusedJumpReLUStep
+        from saekit.kernels.triton_step_forms import FusedJumpReLUStep
 
         trainer = self._trainer
         factor, half = trainer.cfg.threshold_lr * trainer.unit, trainer.width / 2

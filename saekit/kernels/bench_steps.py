@@ -211,7 +211,8 @@ class FusedStep(BenchStep):
         batch_size: int,
         **options: Any,
     ) -> None:
-        from saekit.kernels.triton_step import FusedBatchTopKStep, FusedTopKStep
+        from saekit.kernels.triton_step import FusedTopKStep
+        from saekit.kernels.triton_step_forms import FusedBatchTopKStep
 
         def counts() -> Tensor:
             return torch.zeros(len(start["W_dec"]), dtype=torch.int64, device=start["W_dec"].device)

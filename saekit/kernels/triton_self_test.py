@@ -10,7 +10,8 @@ from torch import Tensor
 
 from saekit.kernels import reference, triton_backend, triton_pursuit
 from saekit.kernels.reference import rows_of
-from saekit.kernels.triton_step import FusedBatchTopKStep, FusedJumpReLUStep, FusedTopKStep
+from saekit.kernels.triton_step import FusedTopKStep
+from saekit.kernels.triton_step_forms import FusedBatchTopKStep, FusedJumpReLUStep
 
 _LIMIT = 1e-4
 """Largest ||ours - theirs|| / ||theirs||: float32 sums against float64."""

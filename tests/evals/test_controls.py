@@ -11,7 +11,6 @@ from saekit import ActivationCache, checkpoint, evaluate
 from saekit.errors import CacheError, ConfigError
 from saekit.evals import _controls
 from saekit.evals._controls import (
-    Moments,
     controls,
     l0_of,
     misfits,
@@ -19,6 +18,7 @@ from saekit.evals._controls import (
     pca_sae,
     random_sae,
 )
+from saekit.evals._linear import Moments
 from saekit.evals.core import CoreConfig
 from saekit.sae import SAE, JumpReLU, MatchingPursuit, ReLU, TopK
 
@@ -121,9 +121,9 @@ def test_moments_do_not_depend_on_how_rows_are_cut() -> None:
         for part in rest:
             total = total + part
         assert total.n == 50
-        torch.testing.assert_close(total.mean, whole.mean, rtol=1e-12, atol=0)
-        torch.testing.assert_close(total.scatter, whole.scatter, rtol=1e-8, atol=1e-8)
-    torch.testing.assert_close(whole.scatter / 49, torch.cov(x.double().T))
+        torch.testing.assert_close(total.x_mean, whole.x_mean, rtol=1e-12, atol=0)
+        torch.testing.assert_close(total.xx, whole.xx, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(whole.xx / 49, torch.cov(x.double().T))
 
 
 def test_batch_size_changes_no_control(tiny_cache: ActivationCache) -> None:

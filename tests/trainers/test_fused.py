@@ -28,6 +28,7 @@ from saekit.trainers.variational import VariationalConfig, VariationalTrainer
 INTERPRET = Path(__file__).parents[1] / "kernels" / "_interpret.py"
 DEVICE = runpy.run_path(str(INTERPRET))["DEVICE"]
 triton_step = pytest.importorskip("saekit.kernels.triton_step")
+triton_step_forms = pytest.importorskip("saekit.kernels.triton_step_forms")
 
 BATCH, D_IN = 6, 8
 
@@ -48,7 +49,7 @@ def few_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(triton_step, "_RESIDUAL_PARTS", 3)
         monkeypatch.setattr(triton_step, "_ENCODER_PARTS", 2)
         monkeypatch.setattr(triton_step, "row_config", lambda _: triton_step.RowConfig(1, 2, 2))
-        monkeypatch.setattr(triton_step, "_LEAST_PLACES", 16)
+        monkeypatch.setattr(triton_step_forms, "_LEAST_PLACES", 16)
     # Else the few entries of these batches would be many.
     monkeypatch.setattr(_fused, "DENSE_ABOVE", 1.0)
 
@@ -163,7 +164,7 @@ def test_a_jumprelu_goes_to_and_fro_between_eager_and_fused_steps(
     theirs = after_steps("jumprelu", False, **options)
     monkeypatch.setenv("SAEKIT_KERNELS", "triton")
     taken: list[str] = []
-    for form, method in ((EagerStep, "__call__"), (triton_step.FusedJumpReLUStep, "take")):
+    for form, method in ((EagerStep, "__call__"), (triton_step_forms.FusedJumpReLUStep, "take")):
         monkeypatch.setattr(form, method, noting(getattr(form, method), form.__name__, taken))
     for most in (0.25, 0.3, 0.35):
         taken.clear()
