@@ -26,7 +26,10 @@ _WHOLE = 4_096
 """Rows up to this width are selected from as they are, without groups."""
 
 _MOST_CANDIDATES = 16_384
-"""Entries of a row that are held at a time: two counts of them fit into 32 bits."""
+"""Entries of a row that are held at a time."""
+
+_MOST_GROUPS = 32_768
+"""Groups of a row: two counts of them fit into 32 bits."""
 
 FAST_K = 2_048
 """The largest k of the way that reads a row once. Above it a row is read for every bit or so."""
@@ -39,15 +42,21 @@ class SelectConfig:
     """How `topk_select` goes about rows of one width."""
 
     group: int
-    """Neighbouring entries of which the largest is found first; 0: the row is held whole."""
+    """Neighbouring entries of which the largest is found first; 0: the row is held whole; -1: it
+    is read for every bit."""
     groups_at_once: int
     n_warps: int
+
+
+_SCAN = SelectConfig(-1, 0, 4)
 
 
 def select_config(
     d_sae: int, k: int, group: int | None = None, n_warps: int | None = None
 ) -> SelectConfig:
     """A choice by the shape; `group` and `n_warps` may be given."""
+    if k > FAST_K and d_sae > _MOST_CANDIDATES:
+        return _SCAN
     if d_sae <= _WHOLE:
         return SelectConfig(0, 0, 4)
     group = group or 32
@@ -56,6 +65,10 @@ def select_config(
         group //= 2
     if d_sae < k * group:
         return SelectConfig(0, 0, 8)
+    while d_sae > _MOST_GROUPS * group:
+        group *= 2
+    if power(k) * group > _MOST_CANDIDATES:
+        return _SCAN
     if power(k) * group > _MOST_CANDIDATES // 2:
         # More than fewer threads have registers for.
         n_warps = 16
@@ -105,12 +118,12 @@ def topk_select(
     if count is not None and rank is None:
         rank = torch.empty_like(indices)
     bits = values.view(keys.dtype)
-    if k > FAST_K and d_sae > _MOST_CANDIDATES:
+    config = config or select_config(d_sae, k)
+    if config == _SCAN:
         _topk_scan_kernel[(batch,)](
             keys, bits, indices, count, rank, d_sae, k, COUNT=count is not None, BLOCK=_SCAN_BLOCK
         )
         return out
-    config = config or select_config(d_sae, k)
     group = max(1, config.group)
     n_groups = -(-d_sae // group)
     largest = None if config.group == 0 else keys.new_empty(batch, n_groups)
@@ -201,7 +214,8 @@ def search(keys, low, high, n):
         two = tl.minimum(low + 2 * third, high)
         counts = tl.sum((keys >= one).to(tl.int32) + ((keys >= two).to(tl.int32) << 16))
         reach_one = (counts & 0xFFFF) >= n
-        reach_two = (counts >> 16) >= n
+        # The upper count may reach the sign.
+        reach_two = ((counts >> 16) & 0xFFFF) >= n
         high = tl.where(reach_two, high, tl.where(reach_one, two, one))
         low = tl.where(reach_two, two, tl.where(reach_one, one, low))
     return low

@@ -67,6 +67,20 @@ def test_topk_is_exact_whatever_the_groups(group: int, at_once: int) -> None:
     same(triton_select.topk_select(pre, 16, config=config), largest(pre, 16))
 
 
+@pytest.mark.parametrize("d_sae", [1 << 20, (1 << 20) + 1, 3 << 20])
+@pytest.mark.parametrize("kind", ["alike", "few above 0"])
+def test_topk_of_a_million_latents_is_exact(d_sae: int, kind: str) -> None:
+    """As many groups as there are at most have an entry above 0."""
+    pre = preactivations(kind, 1, d_sae).to(torch.bfloat16)
+    same(select(pre, 64), largest(pre, 64))
+
+
+def test_a_row_whose_groups_cannot_be_held_is_read_for_every_bit() -> None:
+    assert triton_select.select_config(1 << 24, 64).group == -1
+    assert triton_select.select_config(1 << 20, 1_024).group == -1
+    assert triton_select.select_config(1 << 20, 64).group == 32
+
+
 def test_topk_has_what_the_reference_has() -> None:
     x, W_enc = torch.randn(4, 6, device=DEVICE), torch.randn(6, 40, device=DEVICE)
     values, indices = triton_select.topk_select(x @ W_enc, 5)
@@ -153,19 +167,19 @@ def test_batch_topk_matches_the_reference(shape: tuple[int, int], n_kept: int) -
 def test_batch_topk_keeps_exactly_so_many_and_of_equal_ones_the_first(
     kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pre = preactivations(kind, 13, 131)
+    pre = preactivations(kind, 5, 70)
     if kind == "the sample is large":
         monkeypatch.setattr(triton_batch_select, "_SAMPLE", 100)
-        pre.flatten()[:: 13 * 131 // 100 | 1] += 10
+        pre.flatten()[:: 5 * 70 // 100 | 1] += 10
     pre = pre.to(dtype)
     flat = pre.double().flatten()
-    for n_kept in (3, 400, 1_500):
+    for n_kept in (3, 80, 300):
         values, indices, offsets = triton_batch_select.batch_topk_select(pre, n_kept)
         kept = flat.sort(descending=True, stable=True).indices[:n_kept]
         kept = kept[flat[kept] > 0].sort().values
         same(
             (indices.long(), offsets, values),
-            (kept % 131, reference.row_offsets(kept // 131, 13), pre.flatten()[kept]),
+            (kept % 70, reference.row_offsets(kept // 70, 5), pre.flatten()[kept]),
         )
 
 
@@ -173,7 +187,7 @@ def test_batch_topk_keeps_exactly_so_many_and_of_equal_ones_the_first(
 def test_where_the_last_batch_was_cut_says_where_to_look_and_not_what_is_kept(
     dtype: torch.dtype,
 ) -> None:
-    n_kept, shape = 60, (13, 131)
+    n_kept, shape = 20, (5, 70)
 
     def integers(n: int) -> Tensor:
         return torch.full((n,), 7, dtype=torch.int32, device=DEVICE)
@@ -183,9 +197,9 @@ def test_where_the_last_batch_was_cut_says_where_to_look_and_not_what_is_kept(
     for factor in (1, 1, 100, 0.01, -1, 1):
         pre = preactivations("many alike", *shape)
         pre = (pre.abs() - 4 if factor < 0 else factor * pre).to(dtype)
-        values, offsets = torch.zeros(n_kept, dtype=dtype, device=DEVICE), integers(14).long()
+        values, offsets = torch.zeros(n_kept, dtype=dtype, device=DEVICE), integers(6).long()
         indices, rows, rank = integers(n_kept), integers(n_kept), integers(n_kept)
-        count = torch.zeros(131, dtype=torch.int32, device=DEVICE)
+        count = torch.zeros(70, dtype=torch.int32, device=DEVICE)
         triton_batch_select.batch_topk_into(
             pre,
             values=values,
@@ -199,13 +213,13 @@ def test_where_the_last_batch_was_cut_says_where_to_look_and_not_what_is_kept(
         flat = pre.double().flatten()
         kept = flat.sort(descending=True, stable=True).indices[:n_kept]
         kept = kept[flat[kept] > 0].sort().values
-        latents, ends = kept % 131, reference.row_offsets(kept // 131, 13)
+        latents, ends = kept % 70, reference.row_offsets(kept // 70, 5)
         total = int(ends[-1])
         assert total == (n_kept if factor > 0 else int((pre > 0).sum()))
         same((offsets, indices[:total].long()), (ends, latents))
         same((rows[:total].long(),), (reference.rows_of(ends),))
         assert values[:total].equal(pre[rows[:total].long(), latents])
-        assert count.long().equal(torch.bincount(latents, minlength=131))
+        assert count.long().equal(torch.bincount(latents, minlength=70))
         assert bool((rank[:total] >= 0).all()) and bool((rank[total:] == -1).all())
 
 
