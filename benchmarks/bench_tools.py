@@ -51,7 +51,12 @@ L0 = {"zipf": TRUE_L0, "demo": 32}
 
 
 def against(
-    tools: dict[str, str | None], data: Data, kinds: Iterable[str], seeds: int, results: Path
+    tools: dict[str, str | None],
+    data: Data,
+    kinds: Iterable[str],
+    seeds: int,
+    device: str,
+    results: Path,
 ) -> None:
     """Each tool's SAEs of the same rows. `tools` are the Pythons that have them; None is ours."""
     done = trained_lines(results)
@@ -68,7 +73,7 @@ def against(
                         line = done.get((tool, experiment.key, seed))
                         # Other tools' lines hold no config.
                         if line is None or (python is None and not of_today(line, config)):
-                            line = _run(tool, python, experiment, config, data, rows)
+                            line = _run(tool, python, experiment, config, data, rows, device)
                             append(NAME, line, results)
                         best.setdefault(lr, line["ev"])
 
@@ -88,18 +93,19 @@ def _run(
     config: TrainConfig,
     data: Data,
     rows: tuple[Path, float],
+    device: str,
 ) -> Line:
     versions: dict[str, str] = {}
     ours: Line = {}
     if python is None:
-        sae = train(config, data.cache)
+        sae = train(config, data.cache, device=device)
         ours = {"config": config.to_dict()}
     else:
         sae, versions = _other(
-            tool, python, experiment.kind, experiment.options["l0"], config, *rows
+            tool, python, experiment.kind, experiment.options["l0"], config, *rows, device
         )
     return {
-        **trained_line(tool, experiment, config, "cpu", sae),
+        **trained_line(tool, experiment, config, device, sae),
         **ours,
         "peer_versions": versions,
         **figures_of(sae, data),
@@ -121,7 +127,14 @@ def _rows(data: Data, folder: Path) -> tuple[Path, float]:
 
 
 def _other(
-    tool: str, python: str, name: str, l0: int, config: TrainConfig, rows: Path, scale: float
+    tool: str,
+    python: str,
+    name: str,
+    l0: int,
+    config: TrainConfig,
+    rows: Path,
+    scale: float,
+    device: str,
 ) -> tuple[SAE, dict[str, str]]:
     """What another tool makes of the rows, and which versions of what did."""
     job = {
@@ -135,6 +148,7 @@ def _other(
         "decay": round(config.lr_decay * config.n_steps),
         "dead_after": config.dead_after,
         "seed": config.seed,
+        "device": device,
     }
     out = rows.with_name("out.safetensors")
     driver = FOLDER / "peers" / f"{tool}_train.py"
@@ -183,12 +197,13 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", choices=L0, default=list(L0), help="by name")
     parser.add_argument("--kinds", nargs="+", choices=SHARED, default=SHARED, help="by name")
     parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=CACHES, help="for the caches")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     tools = {"saekit": None, **{peer_of(python): python for python in args.pythons}}
     for name in args.data:
-        against(tools, open_data(name, args.out), args.kinds, args.seeds, args.results)
+        against(tools, open_data(name, args.out), args.kinds, args.seeds, args.device, args.results)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 Job = dict[str, Any]
-"""kind, l0, d_sae, lr, n_steps, batch_size, warmup and decay (steps), dead_after (tokens), seed."""
+"""kind, l0, d_sae, lr, n_steps, batch_size, warmup and decay (steps), dead_after (tokens), seed,
+device."""
 Weights = dict[str, torch.Tensor]
 """W_enc [d_in, d_sae], b_enc, W_dec [d_sae, d_in], b_dec, and where there is one, threshold: of
 `z = rule(x @ W_enc + b_enc)`."""
@@ -29,12 +30,12 @@ def main(
     parser.add_argument("--out", type=Path, required=True, help="safetensors to write")
     args = parser.parse_args()
     job: Job = json.loads(args.job)
-    rows = load_file(args.rows)["x"]
+    rows = load_file(args.rows, device=job["device"])["x"]
     torch.manual_seed(job["seed"])
     encode, weights = fit(job, _batches(rows, job["batch_size"]), rows.shape[1])
     if encode is not None:
         _check(encode, weights, job, rows[:256])
-    contiguous = {name: t.detach().float().contiguous() for name, t in weights.items()}
+    contiguous = {name: t.detach().float().cpu().contiguous() for name, t in weights.items()}
     save_file(contiguous, args.out)
     version = importlib.metadata.version(package)
     print(json.dumps({"versions": {package: version, "torch": torch.__version__}}))

@@ -23,7 +23,7 @@ def fit(job: Job, batches: Iterator[torch.Tensor], d_in: int) -> tuple[Any, Weig
         "warmup_steps": job["warmup"],
         "decay_start": steps - job["decay"],
         "seed": job["seed"],
-        "device": "cpu",
+        "device": job["device"],
     }
     trainer: Any
     if job["kind"] == "jumprelu":

@@ -13,7 +13,7 @@ from sae_lens.training.sae_trainer import SAETrainer, SAETrainerConfig
 
 
 def fit(job: Job, batches: Iterator[torch.Tensor], d_in: int) -> tuple[Any, Weights]:
-    sizes = {"d_in": d_in, "d_sae": job["d_sae"]}
+    sizes = {"d_in": d_in, "d_sae": job["d_sae"], "device": job["device"]}
     sae: Any
     if job["kind"] == "topk":
         sae = TopKTrainingSAE(TopKTrainingSAEConfig(k=job["l0"], **sizes))
@@ -35,6 +35,7 @@ def fit(job: Job, batches: Iterator[torch.Tensor], d_in: int) -> tuple[Any, Weig
             lr_end=job["lr"] / 10,  # what its own runner sets
             lr_warm_up_steps=job["warmup"],
             lr_decay_steps=job["decay"],
+            device=job["device"],
             dead_feature_window=max(1, job["dead_after"] // job["batch_size"]),
         ),
         sae,

@@ -42,6 +42,9 @@ Peer = tuple[str, str, Make]
 RUN = 100_000
 """Steps of the run that the schedules of learning rates are for."""
 
+_LONG_AGO = 100_000_000
+"""Tokens, or batches, since what is dead has fired: more than any library waits."""
+
 OPTIONAL = ("nnsight", "wandb")
 """Imported by peers for other ends than a step: language models, and a logging service."""
 
@@ -52,21 +55,36 @@ class _Sizes:
     d_sae: int
     k: int
     batch_size: int
+    n_dead: int = 0
+    """Latents, the first, that were dead before the first step: they never fire, and the library's
+    own auxiliary loss is on."""
+    autocast: bool = True
 
 
-def peers(d_in: int, d_sae: int, k: int, batch_size: int, following: Following) -> Iterator[Peer]:
-    """Steps of TopK SAEs. What `make` imports, builds or runs may raise."""
-    sizes = _Sizes(d_in, d_sae, k, batch_size)
+def peers(
+    d_in: int,
+    d_sae: int,
+    k: int,
+    batch_size: int,
+    following: Following,
+    *,
+    n_dead: int = 0,
+    autocast: bool = True,
+) -> Iterator[Peer]:
+    """Steps of TopK SAEs. What `make` imports, builds or runs may raise. The first `n_dead` latents
+    are dead from the start."""
+    sizes = _Sizes(d_in, d_sae, k, batch_size, n_dead, autocast)
+    made_in = "bf16 autocast" if autocast else "float32"
     if version := _installed("eai-sparsify"):
         for optimiser in ("signum", "fused Adam"):
-            mode = f"{version}, bf16 autocast, {optimiser}"
+            mode = f"{version}, {made_in}, {optimiser}"
             yield "sparsify", mode, partial(_sparsify, sizes, following, optimiser)
     if version := _installed("dictionary-learning"):
-        mode = f"{version}, bf16 autocast"
+        mode = f"{version}, {made_in}"
         yield "dictionary_learning", mode, partial(_dictionary_learning, sizes, following)
     if version := _installed("sae-lens"):
         for compiled in (False, True):
-            mode = f"{version}, bf16 autocast" + ", compiled" * compiled
+            mode = f"{version}, {made_in}" + ", compiled" * compiled
             yield "sae-lens", mode, partial(_sae_lens, sizes, following, compiled)
 
 
@@ -106,9 +124,13 @@ def _sparsify(sizes: _Sizes, following: Following, optimiser: str) -> tuple[Step
         schedule = linear(update, 1_000, RUN)
     since = torch.zeros(sizes.d_sae, dtype=torch.long, device=x.device)
     fired = torch.zeros(sizes.d_sae, dtype=torch.bool, device=x.device)
+    _silence(sizes, sae.encoder.weight, sae.encoder.bias)
+    since[: sizes.n_dead] = _LONG_AGO
+    # Off by default in its trainer, whose help names 1/32.
+    alpha = 1 / 32 if sizes.n_dead else 0.0
     facts = _facts("eai-sparsify", "schedulefree") | {
         "decoder": coder.decoder_impl.__name__,
-        "auxk": False,
+        "auxk": alpha > 0,
         "clip_norm": None,
         "unit_rows": True,
     }
@@ -118,10 +140,12 @@ def _sparsify(sizes: _Sizes, following: Following, optimiser: str) -> tuple[Step
         with _tf32():
             sae.set_decoder_norm_to_unit_norm()
             variance = (x - x.mean(0)).pow(2).sum()
-            out = sae(x=x, y=x, dead_mask=None, total_variance=variance)
+            dead = since > _LONG_AGO // 2 if alpha else None
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=sizes.autocast):
+                out = sae(x=x, y=x, dead_mask=dead, total_variance=variance)
             fired[out.latent_indices.flatten()] = True
             facts["loss"] = float(out.fvu.detach())
-            out.fvu.backward()
+            (out.fvu + alpha * out.auxk_loss).backward()
             sae.remove_gradient_parallel_to_decoder_directions()
             update.step()
             update.zero_grad()
@@ -149,6 +173,8 @@ def _dictionary_learning(sizes: _Sizes, following: Following) -> tuple[Step, Fac
             lm_name="given rows",
             device=str(device),
         )
+    _silence(sizes, trainer.ae.encoder.weight, trainer.ae.encoder.bias)
+    trainer.num_tokens_since_fired[: sizes.n_dead] = _LONG_AGO
     facts = _facts("dictionary-learning") | {
         "auxk": True,
         "clip_norm": 1.0,
@@ -157,8 +183,8 @@ def _dictionary_learning(sizes: _Sizes, following: Following) -> tuple[Step, Fac
     number = count()
 
     def step() -> None:
-        x = following().to(torch.bfloat16)
-        with torch.autocast(device.type, torch.bfloat16):
+        x = following().to(torch.bfloat16 if sizes.autocast else torch.float32)
+        with torch.autocast(device.type, torch.bfloat16, enabled=sizes.autocast):
             facts["loss"] = trainer.update(next(number), x)
 
     step()  # The first also looks for the median of the batch, for the bias.
@@ -179,9 +205,11 @@ def _sae_lens(sizes: _Sizes, following: Following, compiled: bool) -> tuple[Step
         train_batch_size_samples=sizes.batch_size,
         lr_end=3e-5,  # a tenth of its default, as its runner sets it
         device=device,
-        autocast=True,
+        autocast=sizes.autocast,
     )
     trainer = training.SAETrainer(cfg, sae, iter(()))
+    _silence(sizes, sae.W_enc.T, sae.b_enc)
+    trainer.n_forward_passes_since_fired[: sizes.n_dead] = _LONG_AGO
     if compiled:
         torch.compiler.reset()  # or it would compile a second shape for shapes that vary
         sae.training_forward_pass = torch.compile(sae.training_forward_pass)
@@ -195,6 +223,13 @@ def _sae_lens(sizes: _Sizes, following: Following, compiled: bool) -> tuple[Step
         "clip_norm": 1.0,
         "unit_rows": False,
     }
+
+
+@torch.no_grad()
+def _silence(sizes: _Sizes, W_enc_T: Tensor, b_enc: Tensor) -> None:
+    """The latents that are to be dead are below 0 on every row."""
+    W_enc_T[: sizes.n_dead] *= 0.01
+    b_enc[: sizes.n_dead] = -1
 
 
 def _overcomplete(sizes: _Sizes, following: Following) -> tuple[Step, Facts]:
