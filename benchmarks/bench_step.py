@@ -79,6 +79,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "skewed, deterministic": {"graph": True, "often": OFTEN, "deterministic": True},
     "1,024 rows at a time": {"graph": True, "rows_at_once": 1_024},
     "clipped": {"graph": True, "clip_norm": 1.0},
+    "economy": AS_TRAINED | {"economy": True},
 }
 
 

@@ -209,14 +209,24 @@ class FusedStep(BenchStep):
         precision: str,
         *,
         batch_size: int,
+        economy: bool = False,
         **options: Any,
     ) -> None:
+        """`economy`: as trainers take it, moments in bfloat16, and candidates looked for in float8
+        where rows are long enough for it to pay."""
+        from saekit.kernels import triton_candidates
         from saekit.kernels.triton_step import FusedTopKStep
         from saekit.kernels.triton_step_forms import FusedBatchTopKStep
 
         def counts() -> Tensor:
             return torch.zeros(len(start["W_dec"]), dtype=torch.int64, device=start["W_dec"].device)
 
+        W_dec = start["W_dec"]
+        if economy:
+            options["moments"] = torch.bfloat16
+            wide = W_dec.shape[1] >= triton_candidates.LEAST_WIDTH
+            if wide and triton_candidates.served(W_dec.device, W_dec.shape[1]) and not whole:
+                options["candidates"] = min(len(W_dec), triton_candidates.candidates_of(k))
         self.fused = (FusedBatchTopKStep if whole else FusedTopKStep)(
             *(start[name] for name in NAMES),
             k=k,
