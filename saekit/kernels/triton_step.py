@@ -307,11 +307,13 @@ class FusedTopKStep:
         state: dict[str, dict[str, Tensor]] = {}
         for name, parameter in self.parameters.items():
             slot = dict((given or {}).get(name, {}))
-            slot.setdefault("step", torch.zeros((), device=self.device))
+            # torch's plain Adam counts on the CPU.
+            slot["step"] = slot.get("step", torch.zeros(())).to(self.device)
             for moment in ("exp_avg", "exp_avg_sq"):
                 dtype = self._moments if parameter.ndim == 2 else parameter.dtype
                 slot.setdefault(moment, torch.zeros_like(parameter, dtype=dtype))
-                # One that comes in another type is held in this, and no longer shared.
+                # As the count above: what comes from elsewhere, or in another type, is held here
+                # and no longer shared.
                 slot[moment] = held = slot[moment].to(dtype)
                 if held.shape != parameter.shape or not held.is_contiguous():
                     raise ConfigError(

@@ -152,7 +152,8 @@ def test_steps_are_those_of_autograd_and_torch_adam(case: str) -> None:
 
 def test_a_step_goes_on_from_the_state_of_an_optimiser() -> None:
     start = weights(6, 9)
-    optimiser = torch.optim.Adam([nn.Parameter(t.clone()) for t in start.values()], lr=1e-2)
+    held = [nn.Parameter(tensor.clone()) for tensor in start.values()]
+    optimiser = torch.optim.Adam(held, lr=1e-2, fused=True)
     parameters = optimiser.param_groups[0]["params"]
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
