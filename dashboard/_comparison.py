@@ -196,7 +196,7 @@ class Comparison:
 
     def differences(self) -> list[tuple[str, list[str]]]:
         """What the SAEs were made with, where they differ: the key, and each one's value."""
-        return _differing([made_with(subject.run) for subject in self.subjects])
+        return differing([made_with(subject.run) for subject in self.subjects])
 
     def eval_differences(self) -> list[tuple[str, list[str]]]:
         """What they were measured with, where that differs."""
@@ -207,7 +207,7 @@ class Comparison:
                 cache = {"cache_fingerprint": result.cache_fingerprint[:12]}
                 for key, value in {**measured_with(result), **cache, **versions}.items():
                     known[f"{name}: {key}"] = value
-        return _differing(used, absent_too=False)
+        return differing(used, absent_too=False)
 
 
 def number(results: Mapping[str, EvalResult], column: Column) -> Metric | None:
@@ -300,7 +300,7 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     return [str(path) for path in paths]
 
 
-def _differing(
+def differing(
     values: Sequence[Mapping[str, Any]], *, absent_too: bool = True
 ) -> list[tuple[str, list[str]]]:
     """The keys whose values are not all the same; "–" stands where one has no such key."""

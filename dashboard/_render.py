@@ -58,6 +58,21 @@ def compared_html(comparison: Comparison) -> str:
     return render("compared.html.j2", comparison=comparison, colour=figures_compare.colour)
 
 
+def legend_html(names: Sequence[tuple[int, str]]) -> str:
+    """Which number and colour stands for which SAE, as an HTML list."""
+    return render("legend.html.j2", names=names, colour=figures_compare.colour)
+
+
+def plain_html(text: str) -> str:
+    """A remark as HTML, every sign as it is."""
+    return render("plain.html.j2", text=text)
+
+
+def message_html(text: str, kind: str) -> str:
+    """A message as HTML; what stands between backticks is set as code."""
+    return render("message.html.j2", parts=text.split("`"), kind=kind)
+
+
 def interval(ends: tuple[float, float] | None) -> str:
     """The ends of an interval; nothing where there is none."""
     return "" if ends is None else f"{number(ends[0])} to {number(ends[1])}"
@@ -66,6 +81,11 @@ def interval(ends: tuple[float, float] | None) -> str:
 def style() -> Markup:
     """The style that the pieces of HTML above need; for the inside of a style element."""
     return Markup(render("style.css.j2"))
+
+
+def browser_style() -> Markup:
+    """That style, and what the feature browser's own pieces need."""
+    return Markup(render("browser.css.j2"))
 
 
 def number(value: float) -> str:

@@ -1,42 +1,148 @@
-"""The feature browser: `streamlit run app.py -- RUN`, or `saekit dashboard RUN`.
+"""The feature browser: `streamlit run app.py -- PATH`, or `saekit dashboard PATH`.
 
-This module opens the run and chooses the screen; each screen is a module `screen_*`.
+This module opens the run or the folder of runs and chooses the screen; each screen is a module
+`screen_*`. Which screen and which run are shown, and every choice on the screen, are in the
+address (see `screen_address`). Nothing here writes.
 """
 
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import streamlit as st
 
-from saekit.dashboard import _render, screen_features, screen_overview
-from saekit.dashboard.data import Run
+from saekit.dashboard import (
+    _render,
+    screen_address,
+    screen_evals,
+    screen_features,
+    screen_parts,
+    screen_runs,
+)
+from saekit.dashboard._folder import Folder
+from saekit.dashboard.data import Run, show_token
 from saekit.dashboard.report import facts
 from saekit.errors import SaekitError
 
-# Less empty space than streamlit leaves. A comment, as streamlit would show a string on the page.
-PAGE_STYLE = ".stMainBlockContainer { padding: 3rem 2.5rem; }"
 
-SCREENS = {"Overview": screen_overview.show, "Features": screen_features.show}
+@dataclass(frozen=True)
+class Screen:
+    title: str
+    show: Callable[[Folder, Run], None]
+    fields: tuple[screen_address.Field, ...] = ()
+    keeps_fields: bool = True
+    """Whether the address follows `fields`; else the screen writes its own parameters."""
+
+
+# By their names in the address. A comment, as streamlit would show a string on the page.
+SCREENS = {
+    "runs": Screen("Runs", screen_runs.show, screen_runs.FIELDS),
+    "features": Screen("Features", lambda _, run: screen_features.show(run), keeps_fields=False),
+    "evals": Screen("Evals", screen_evals.show, screen_evals.FIELDS),
+}
 
 
 def main(arguments: list[str]) -> None:
     st.set_page_config(page_title="saekit", page_icon="🔎", layout="wide")
+    st.html(f"<style>{_render.browser_style()}</style>")
     if len(arguments) != 1:
-        st.error(
-            "Give the folder of one run: `streamlit run app.py -- RUN`, or `saekit dashboard RUN`"
+        screen_parts.say(
+            "Give one folder, of a run or of runs: `streamlit run app.py -- PATH`, or "
+            "`saekit dashboard PATH`",
+            "error",
         )
         return
-    path = Path(arguments[0])
     try:
-        state = _state(path)
-        run = _open(path, state)
+        folder = Folder.open(arguments[0])
     except SaekitError as error:
-        st.error(str(error))
+        screen_parts.say(error, "error")
         return
-    st.html(f"<style>{_render.style()}{PAGE_STYLE}</style>")
-    SCREENS[_sidebar(run)](run)
+    shell = (
+        screen_address.Field("screen", "runs", screen_address.one_of(*SCREENS)),
+        screen_address.Field("run", folder.names[0]),
+    )
+    fields = [*shell, *chain.from_iterable(screen.fields for screen in SCREENS.values())]
+    refused = screen_address.follow(fields)
+    screen_address.begin(shell)
+    screen = SCREENS[_navigation()]
+    for name in refused:
+        screen_parts.say(
+            f"The address gives `{show_token(name)}` a value that it cannot have: "
+            f"`{show_token(st.query_params.get(name, ''))}`. Its default is shown.",
+            "warning",
+        )
+    screen_address.begin(screen.fields)
+    run = _run(folder)
+    if run is not None:
+        try:
+            screen.show(folder, run)
+        except SaekitError as error:
+            screen_parts.say(error, "error")
+    elif screen.title == "Runs":
+        screen_runs.table(folder)
+    screen_address.settle([*shell, *screen.fields], own=screen.keeps_fields)
+    if run is not None and run.training:
+        _watch(run.path, _state(run.path))
+
+
+def _navigation() -> str:
+    screen = st.segmented_control(
+        "Screen",
+        list(SCREENS),
+        key="screen",
+        format_func=lambda name: SCREENS[name].title,
+        required=True,
+        label_visibility="collapsed",
+    )
+    return str(screen)
+
+
+def _run(folder: Folder) -> Run | None:
+    """The run to show, with what it is at the side; None where there is none to show."""
+    name = _chosen(folder)
+    if name is None:
+        return None
+    try:
+        path = folder.run(name)
+        run = _open(path, _state(path))
+    except SaekitError as error:
+        screen_parts.say(error, "error")
+        return None
+    with st.sidebar:
+        _side(run)
+    return run
+
+
+def _chosen(folder: Folder) -> str | None:
+    """The name of the run: of this session or of the address, else the first."""
+    asked = st.session_state["run"]
+    if asked not in folder.names:
+        screen_parts.say(folder.refusal(asked), "error")
+        return None
+    with st.sidebar:
+        st.markdown("### saekit")
+        if folder.single:
+            return ""
+        st.selectbox("Run", folder.names, key="run", format_func=show_token)
+    return str(st.session_state["run"])
+
+
+def _side(run: Run) -> None:
     if run.training:
-        _watch(path, state)
+        st.badge(
+            "not finished",
+            color="orange",
+            help="The SAE is still being trained, or was stopped.",
+        )
+    info = [("run", run.path), ("model", run.model), ("hook", run.hook), *facts(run)]
+    shown = [(label, show_token(str(value))) for label, value in info]
+    st.html(_render.render("facts.html.j2", facts=shown))
+    for command in run.missing():
+        st.caption("still to do")
+        st.code(command, language="bash", wrap_lines=True)
+    st.button("Read again", icon=":material/refresh:", help="Look for new lines and results.")
 
 
 @st.cache_resource(max_entries=2, show_spinner="Reading the run …")
@@ -56,28 +162,6 @@ def _watch(path: Path, state: tuple[tuple[str, int], ...]) -> None:
     """Show a run that trains anew whenever it has written something."""
     if _state(path) != state:
         st.rerun()
-
-
-def _sidebar(run: Run) -> str:
-    with st.sidebar:
-        st.markdown("### saekit")
-        if "screen" not in st.session_state:
-            st.session_state["screen"] = "Features" if "latent" in st.query_params else "Overview"
-        screen = st.radio("Screen", list(SCREENS), key="screen", label_visibility="collapsed")
-        st.divider()
-        if run.training:
-            st.badge(
-                "not finished",
-                color="orange",
-                help="The SAE is still being trained, or was stopped.",
-            )
-        info = [("run", run.path), ("model", run.model), ("hook", run.hook), *facts(run)]
-        st.html(_render.render("facts.html.j2", facts=info))
-        for command in run.missing():
-            st.caption("still to do")
-            st.code(command, language="bash", wrap_lines=True)
-        st.button("Read again", icon=":material/refresh:", help="Look for new lines and results.")
-    return screen
 
 
 main(sys.argv[1:])

@@ -50,8 +50,8 @@ class Run:
     examples: LatentExamples | None
 
     @classmethod
-    def open(cls, path: Path | str) -> "Run":
-        """Read everything the folder holds.
+    def open(cls, path: Path | str, *, with_examples: bool = True) -> "Run":
+        """Read everything the folder holds; the examples, which are large, only where asked for.
 
         Raises SaekitError where it is no run, where a file in it cannot be read, and where its
         results are of other weights than those that now lie beside them.
@@ -79,7 +79,7 @@ class Run:
             fingerprint=sae.get("fingerprint"),
             provenance=provenance,
             core=_read_result(path, "core", lambda folder: EvalResult.load(folder, "core")),
-            examples=_read_result(path, "examples", LatentExamples.load),
+            examples=_read_result(path, "examples", LatentExamples.load) if with_examples else None,
         )
         run._check_results_belong()
         return run

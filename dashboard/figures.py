@@ -4,8 +4,10 @@ Restrained on purpose: one warm colour for what is looked at, one slate for the 
 where a title will do. Text that came from a corpus is escaped, since plotly reads labels as markup.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -22,6 +24,16 @@ INK, MUTED, GRID = "#1f2933", "#66727f", "#e8ebee"
 WARM, SLATE, PALE = "#d9601a", "#4a6580", "#c3ccd5"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 CONFIG = {"displaylogo": False, "displayModeBar": False, "responsive": True}
+
+_DARK = {
+    INK: "#e3e7eb",
+    MUTED: "#9aa5b1",
+    GRID: "#2c343c",
+    PALE: "#515c67",
+    SLATE: "#7f9db9",
+    "white": "#20262c",
+}
+_STYLED = re.compile(f"<span style='color:({INK}|{MUTED})")
 
 _PANELS = {
     "ev": ("Explained variance", "in training, from 0 up", "%{y:.4f}"),
@@ -41,10 +53,9 @@ _LADDER = {
 
 
 def shade(act: float, maximum: float) -> str:
-    """The background of a token: white where the latent is silent, warm orange at its maximum."""
+    """The background of a token: none where the latent is silent, warm orange at its maximum."""
     share = min(max(act / maximum, 0.0), 1.0) if maximum > 0 else 0.0
-    red, green, blue = (round(255 + share * (end - 255)) for end in (247, 146, 62))
-    return f"rgb({red},{green},{blue})"
+    return f"rgb(247 146 62 / {share:.3g})"
 
 
 def training_curves(curves: Mapping[str, Float[ndarray, " step"]], columns: int = 3) -> go.Figure:
@@ -263,6 +274,24 @@ def histogram_svg(
         f'<svg width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img" '
         f'aria-label="activation histogram" fill="{WARM}">{"".join(bars)}</svg>'
     )
+
+
+def in_dark(figure: go.Figure) -> go.Figure:
+    """The same figure for a dark page: ink and grid light, the colours of data as they are."""
+    return go.Figure(_darker(figure.to_dict()))
+
+
+def _darker(value: Any, key: str = "") -> Any:
+    """Only colours are exchanged, and those in our own markup: other text is the corpus's."""
+    if isinstance(value, dict):
+        return {name: _darker(inner, name) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_darker(inner, key) for inner in value]
+    if isinstance(value, str) and "color" in key:
+        return _DARK.get(value, value)
+    if isinstance(value, str) and key == "text":
+        return _STYLED.sub(lambda found: f"<span style='color:{_DARK[found[1]]}", value)
+    return value
 
 
 def to_html(figure: go.Figure, name: str) -> str:

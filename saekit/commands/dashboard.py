@@ -1,4 +1,4 @@
-"""Browse a run's features in the web browser."""
+"""Browse runs and their features in the web browser."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +11,17 @@ from saekit.errors import SaekitError
 
 @dataclass(frozen=True, kw_only=True)
 class DashboardArgs(Args):
-    """Open the feature browser on a run, in the web browser."""
+    """Open the feature browser on a run, or on a folder of runs, in the web browser."""
 
-    run: Positional[Path]
-    """Folder of the run."""
+    path: Positional[Path]
+    """Folder of a run, or one that holds runs. Nothing in it is changed, and no link leads out of
+    it."""
     port: int = 8501
-    """Port to serve on, at localhost."""
+    """Port to serve on."""
+    host: str = "127.0.0.1"
+    """Address to serve on. By default only this machine can reach it; with another, such as
+    0.0.0.0, everybody who reaches that address sees the runs and can run their models: there is no
+    password."""
     headless: bool = False
     """Serve, without opening a web browser."""
 
@@ -25,5 +30,5 @@ def run(argv: list[str]) -> None:
     args = parse(DashboardArgs, argv, "dashboard")
     from saekit.dashboard.server import serve
 
-    if code := serve(args.run, port=args.port, headless=args.headless):
+    if code := serve(args.path, port=args.port, host=args.host, headless=args.headless):
         raise SaekitError(f"the feature browser's server ended with exit code {code}")

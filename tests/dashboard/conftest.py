@@ -1,11 +1,14 @@
 """A run made by hand whose tokens are hostile, beside the real `tiny_run`."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from streamlit.testing.v1 import AppTest
 
+from saekit.dashboard.server import APP
 from saekit.results import EvalResult, LatentExamples, Metric, Provenance
 
 SCRIPT = "<script>alert(1)</script>"
@@ -88,3 +91,24 @@ def any_run(request: pytest.FixtureRequest) -> Path:
     """A finished run with its results: one made by hand, one really trained."""
     run: Path = request.getfixturevalue(request.param)
     return run
+
+
+@pytest.fixture
+def browse(monkeypatch: pytest.MonkeyPatch) -> Callable[..., AppTest]:
+    """Opens the feature browser, as the command line does: `browse(PATH, screen="prompt")`.
+
+    What comes by name is the address; a latent without a screen is one of the screen of features.
+    """
+
+    def open_app(*arguments: Path | str, **address: str) -> AppTest:
+        monkeypatch.setattr("sys.argv", [str(APP), *map(str, arguments)])
+        app = AppTest.from_file(APP, default_timeout=60)
+        if "latent" in address:
+            address = {"screen": "features", **address}
+        for name, value in address.items():
+            app.query_params[name] = value
+        app.run()
+        assert not app.exception
+        return app
+
+    return open_app

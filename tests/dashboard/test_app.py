@@ -1,36 +1,27 @@
+"""The shell and the screens of features, as a browser's session sees them."""
+
 import json
+import re
 import shutil
+from collections.abc import Callable
+from html import unescape
 from pathlib import Path
 
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from saekit.dashboard.server import APP
-
-
-@pytest.fixture
-def browse(monkeypatch: pytest.MonkeyPatch) -> "Browse":
-    return Browse(monkeypatch)
-
-
-class Browse:
-    """Opens the feature browser on a run, as the command line does."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.monkeypatch = monkeypatch
-
-    def __call__(self, *arguments: Path | str, latent: str | None = None) -> AppTest:
-        self.monkeypatch.setattr("sys.argv", [str(APP), *map(str, arguments)])
-        app = AppTest.from_file(APP, default_timeout=60)
-        if latent is not None:
-            app.query_params["latent"] = latent
-        app.run()
-        assert not app.exception
-        return app
+Browse = Callable[..., AppTest]
+SECRET = "what no link may show"
 
 
 def html_of(app: AppTest) -> str:
     return "\n".join(element.proto.body for element in app.get("html"))
+
+
+def messages(app: AppTest) -> str:
+    """What the app says, in plain text."""
+    found = re.findall(r'<div class="message.*?</div>', html_of(app), re.DOTALL)
+    return unescape(re.sub("<.*?>", "", "\n".join(found)))
 
 
 def latents(app: AppTest) -> list[int]:
@@ -38,10 +29,10 @@ def latents(app: AppTest) -> list[int]:
     return [int(latent) for latent in table.value["latent"]]
 
 
-def test_the_overview_shows_the_headline_numbers(any_run: Path, browse: Browse) -> None:
+def test_the_run_is_shown_with_its_headline_numbers(any_run: Path, browse: Browse) -> None:
     app = browse(any_run)
     assert "Explained variance" in [metric.label for metric in app.metric]
-    assert "mean" in html_of(app)
+    assert "resid_post.0" in html_of(app)
 
 
 def test_the_address_opens_a_latent(any_run: Path, browse: Browse) -> None:
@@ -93,15 +84,15 @@ def test_a_script_as_a_token_is_shown_and_not_run(hostile_run: Path, browse: Bro
 
 
 @pytest.mark.parametrize("name", ["absent", "empty"])
-def test_a_folder_that_is_no_run_gives_a_message(name: str, tmp_path: Path, browse: Browse) -> None:
+def test_a_folder_that_holds_no_run_gives_a_message(
+    name: str, tmp_path: Path, browse: Browse
+) -> None:
     (tmp_path / "empty").mkdir()
-    (error,) = browse(tmp_path / name).error
-    assert "is no run" in error.value
+    assert "is no run and holds none" in messages(browse(tmp_path / name))
 
 
 def test_no_folder_gives_the_command(browse: Browse) -> None:
-    (error,) = browse().error
-    assert "saekit dashboard RUN" in error.value
+    assert "saekit dashboard PATH" in messages(browse())
 
 
 def test_a_run_still_training_shows_its_curves_and_reads_new_lines(
@@ -110,12 +101,123 @@ def test_a_run_still_training_shows_its_curves_and_reads_new_lines(
     shutil.rmtree(hostile_run / "results")
     (hostile_run / "config.json").unlink()
     app = browse(hostile_run)
-    assert "saekit eval core" in app.info[0].value
+    assert "Training has to end first" in messages(app)
     before = app.get("plotly_chart")[0].proto.spec
     with (hostile_run / "metrics.jsonl").open("a") as log:
         log.write("\n" + json.dumps({"step": 4, "tokens": 40, "loss": 0.5}) + "\n")
     app.run()
     assert app.get("plotly_chart")[0].proto.spec != before
-    app.radio(key="screen").set_value("Features").run()
+    app.segmented_control(key="screen").set_value("features").run()
     assert "saekit eval examples" in app.info[0].value
     assert not app.exception
+
+
+@pytest.fixture
+def folder(tmp_path: Path, hostile_run: Path, tiny_run: Path) -> Path:
+    """A finished run, one that trains, one that is broken; outside of it a run, and a link to
+    that."""
+    root = tmp_path / "runs"
+    shutil.copytree(tiny_run, root / "sweep" / "done")
+    shutil.copytree(tiny_run, root / "training")
+    (root / "training" / "config.json").unlink()
+    (root / "training" / "metrics.jsonl").touch()
+    shutil.rmtree(root / "training" / "results")
+    shutil.copytree(hostile_run, root / "<b>broken</b>")
+    (root / "<b>broken</b>" / "config.json").write_text("{")
+    outside = tmp_path / "outside"
+    shutil.copytree(hostile_run, outside)
+    (outside / "config.toml").write_text(f'kind = "{SECRET}"')
+    (root / "linked").symlink_to(outside)
+    (root / "sweep" / "results").mkdir()
+    return root
+
+
+def test_a_folder_of_runs_lists_those_in_it_with_their_state(folder: Path, browse: Browse) -> None:
+    app = browse(folder, run="sweep/done")
+    (table,) = (each for each in app.dataframe if "state" in each.value)
+    found = dict(zip(table.value["run"], table.value["state"], strict=True))
+    assert found == {"<b>broken</b>": "broken", "sweep/done": "finished", "training": "training"}
+    assert "<b>broken</b>" in messages(app)
+    assert "is not JSON" in messages(app)
+    assert "<b>broken" not in html_of(app)
+    assert app.selectbox(key="run").value == "sweep/done"
+
+
+def test_the_broken_run_and_the_training_one_can_be_chosen(folder: Path, browse: Browse) -> None:
+    for screen in ("runs", "evals"):
+        app = browse(folder, run="<b>broken</b>", screen=screen)
+        assert "is not JSON" in messages(app)
+        app.selectbox(key="run").set_value("training").run()
+        assert not app.exception
+        assert "Training has to end first" in messages(app)
+        assert app.query_params["run"] == "training"
+
+
+@pytest.mark.parametrize(
+    "asked",
+    ["../outside", "linked", "sweep/../../outside", "/etc", "sweep/../linked", "a\0b", "no"],
+)
+def test_a_link_leads_to_no_path_outside_the_folder(
+    asked: str, folder: Path, browse: Browse
+) -> None:
+    app = browse(folder, run=asked)
+    assert "the link asks for run" in messages(app)
+    assert "outside" in messages(app) or asked == "no"
+    everything = html_of(app) + "".join(each.value.to_csv() for each in app.dataframe)
+    assert SECRET not in everything
+
+
+def test_a_link_cannot_leave_a_single_run(
+    hostile_run: Path, tiny_run: Path, browse: Browse
+) -> None:
+    app = browse(hostile_run, run=str(tiny_run))
+    assert "which is one run" in messages(app)
+    assert "tiny_lm" not in html_of(app)
+
+
+def test_the_address_says_what_is_shown_and_leaves_out_defaults(
+    folder: Path, browse: Browse
+) -> None:
+    app = browse(folder)
+    assert app.query_params == {}
+    app.segmented_control(key="screen").set_value("evals").run()
+    assert app.query_params == {"screen": "evals"}
+    app.selectbox(key="run").set_value("sweep/done").run()
+    app.text_input(key="metric").set_value("l0").run()
+    assert app.query_params == {"screen": "evals", "run": "sweep/done", "metric": "l0"}
+    again = browse(folder, screen="evals", run="sweep/done", metric="l0")
+    assert again.query_params == app.query_params
+    assert again.text_input(key="metric").value == "l0"
+    assert html_of(again) == html_of(app)
+
+
+def test_another_address_goes_before_what_the_session_holds(folder: Path, browse: Browse) -> None:
+    """As the browser's back button gives one."""
+    app = browse(folder, screen="evals", run="sweep/done", metric="l0")
+    app.text_input(key="metric").set_value("ev").run()
+    app.query_params["metric"] = "l0"
+    app.run()
+    assert app.text_input(key="metric").value == "l0"
+    app.query_params = {}
+    app.run()
+    assert app.segmented_control(key="screen").value == "runs"
+    assert app.query_params == {}
+
+
+def test_a_choice_made_while_the_address_was_behind_is_kept(folder: Path, browse: Browse) -> None:
+    app = browse(folder, screen="evals", run="sweep/done")
+    app.text_input(key="metric").set_value("ev").run()
+    # The web browser sent the next choice before it had the address of the one before.
+    app.query_params = {"screen": "evals", "run": "sweep/done"}
+    app.text_input(key="metric").set_value("l0").run()
+    assert app.text_input(key="metric").value == "l0"
+    assert app.query_params["metric"] == "l0"
+
+
+@pytest.mark.parametrize("address", [{"screen": "<b>no</b>"}, {"over": "L0"}])
+def test_an_address_that_cannot_be_is_answered(
+    address: dict[str, str], hostile_run: Path, browse: Browse
+) -> None:
+    app = browse(hostile_run, **address)
+    assert "Its default is shown" in messages(app)
+    assert next(iter(address.values())) in messages(app)

@@ -73,6 +73,16 @@ def test_the_ladder_gives_the_distance_from_the_clean_model() -> None:
     assert "+0.250" in bars.text[1]
 
 
-def test_shades_run_from_white_to_orange() -> None:
-    assert figures.shade(0.0, 2.0) == figures.shade(1.0, 0.0) == "rgb(255,255,255)"
-    assert figures.shade(2.0, 2.0) == figures.shade(9.0, 2.0) == "rgb(247,146,62)"
+def test_shades_run_from_nothing_to_orange() -> None:
+    assert figures.shade(0.0, 2.0) == figures.shade(1.0, 0.0) == "rgb(247 146 62 / 0)"
+    assert figures.shade(2.0, 2.0) == figures.shade(9.0, 2.0) == "rgb(247 146 62 / 1)"
+
+
+def test_in_the_dark_ink_is_light_and_text_of_a_corpus_stays_as_it_is() -> None:
+    bars = figures.token_bars([TokenLogit(figures.INK, 1.0)], [TokenLogit("b", -1.0)])
+    dark: Any = figures.in_dark(bars)
+    assert dark.layout.font.color not in (figures.MUTED, figures.INK)
+    assert traces(dark)[0].customdata[0] == figures.INK
+    assert traces(dark)[0].marker.color == figures.WARM
+    ladder = figures.in_dark(figures.ce_ladder({"ce_clean": metric(1.0), "ce_sae": metric(2.0)}))
+    assert figures.MUTED not in str(ladder.to_json())

@@ -19,7 +19,7 @@ def free_port() -> int:
 
 
 def test_a_folder_that_is_no_run_is_refused_before_anything_starts(tmp_path: Path) -> None:
-    with pytest.raises(SaekitError, match="is no run"):
+    with pytest.raises(SaekitError, match="is no run and holds none"):
         serve(tmp_path)
 
 
@@ -41,10 +41,37 @@ def test_a_port_that_cannot_be_is_refused(port: int, hostile_run: Path) -> None:
 def test_the_command_sends_nothing_out_and_listens_here_only() -> None:
     line = server.command(Path("a run"), port=1234, headless=True)
     assert line[-2:] == ["--", "a run"]
-    for flag in ("--server.address=localhost", "--browser.gatherUsageStats=false"):
+    for flag in ("--server.address=127.0.0.1", "--browser.gatherUsageStats=false"):
         assert flag in line
     assert "--server.headless=true" in line
     assert "--server.port=1234" in line
+
+
+def test_another_host_is_served_and_what_that_means_is_said(
+    hostile_run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = []
+
+    class Ended:
+        def __init__(self, line: list[str]) -> None:
+            lines.append(line)
+
+        def wait(self) -> int:
+            return 0
+
+    monkeypatch.setattr(subprocess, "Popen", Ended)
+    serve(hostile_run, port=free_port())
+    assert not caplog.messages
+    serve(hostile_run, port=free_port(), host="0.0.0.0")
+    assert "--server.address=0.0.0.0" in lines[1]
+    assert "There is no password" in caplog.text
+    assert "ssh -L" in caplog.text
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no such host"])
+def test_a_host_that_is_not_of_this_machine_is_refused(host: str, hostile_run: Path) -> None:
+    with pytest.raises(SaekitError, match=r"host .* leave it out"):
+        serve(hostile_run, port=free_port(), host=host)
 
 
 @pytest.mark.slow

@@ -1,0 +1,37 @@
+"""What screens ask of single latents, in one place: what they fire on, how often, and where."""
+
+import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
+
+from saekit.dashboard import data
+from saekit.dashboard.data import Context, Run
+
+
+def fires_on(run: Run, latents: list[int]) -> list[str]:
+    """The tokens that each of the latents fires on; empty where no examples were collected."""
+    if run.examples is None:
+        return ["" for _ in latents]
+    return [str(run.table["fires on"][latent]) for latent in latents]
+
+
+def density(run: Run) -> Float[ndarray, " d_sae"] | None:
+    """Share of the tokens on which each latent fires; None where that was not measured."""
+    if run.examples is not None:
+        return run.examples.density
+    return run.core.arrays.get("density") if run.core is not None else None
+
+
+def contexts(run: Run, latent: int, limit: int) -> tuple[list[Context], float]:
+    """Where a latent fires most, and its maximum; nothing where no examples were collected."""
+    if run.examples is None:
+        return [], 0.0
+    return data.contexts(run.examples, latent, limit), float(run.examples.maximum[latent])
+
+
+def most_active(run: Run, n: int) -> list[int]:
+    """Latents that fire most often, as a place to begin; the first ones where nothing is known."""
+    known = density(run)
+    if known is None:
+        return list(range(min(n, run.d_sae or 0)))
+    return [int(latent) for latent in np.argsort(-known, kind="stable")[:n]]
