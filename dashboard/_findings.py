@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 from saekit.dashboard.data import Run, eval_command
 from saekit.errors import SaekitError
-from saekit.results import CONTROLS, RESULTS, Control, EvalResult, LatentExamples
+from saekit.results import CONTROLS, RESULTS, Control, EvalResult
 
 _Read = TypeVar("_Read")
 
@@ -62,8 +62,8 @@ def controls_command(path: Path) -> str:
 def _results(folder: Path, command: Callable[[str], str]) -> dict[str, EvalResult]:
     found = {}
     for file in sorted(folder.glob("*.json"), key=lambda file: (file.stem != "core", file.stem)):
-        # Latents and controls are told of in files of other kinds.
-        if file.name not in (f"{LatentExamples.NAME}.json", Control.FILE):
+        # Controls, and what earlier versions kept of latents, are told of in files of other kinds.
+        if file.name not in ("latents.json", Control.FILE):
             found[file.stem] = _read(
                 file, partial(EvalResult.load, folder, file.stem), command(file.stem)
             )

@@ -4,29 +4,30 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
-from saekit.dashboard import data
+from saekit.dashboard import features
 from saekit.dashboard.data import Context, Run
 
 
 def fires_on(run: Run, latents: list[int]) -> list[str]:
-    """The tokens that each of the latents fires on; empty where no examples were collected."""
-    if run.examples is None:
+    """The tokens that each of the latents fires on; empty where there is no feature store."""
+    if run.features is None:
         return ["" for _ in latents]
-    return [str(run.table["fires on"][latent]) for latent in latents]
+    return [features.fires_on(run.features, latent) for latent in latents]
 
 
 def density(run: Run) -> Float[ndarray, " d_sae"] | None:
     """Share of the tokens on which each latent fires; None where that was not measured."""
-    if run.examples is not None:
-        return run.examples.density
+    if run.features is not None:
+        return run.features.column("density")
     return run.core.arrays.get("density") if run.core is not None else None
 
 
 def contexts(run: Run, latent: int, limit: int) -> tuple[list[Context], float]:
-    """Where a latent fires most, and its maximum; nothing where no examples were collected."""
-    if run.examples is None:
+    """Where a latent fires most, and its maximum; nothing where there is no feature store."""
+    if run.features is None:
         return [], 0.0
-    return data.contexts(run.examples, latent, limit), float(run.examples.maximum[latent])
+    found = run.features.latent(latent)
+    return features.contexts(run.features, found, limit=limit), found.numbers["maximum"]
 
 
 def most_active(run: Run, n: int) -> list[int]:

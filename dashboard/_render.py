@@ -16,6 +16,7 @@ from markupsafe import Markup
 from saekit.dashboard import figures, figures_compare
 from saekit.dashboard._comparison import Comparison
 from saekit.dashboard.data import Context, Span
+from saekit.dashboard.features import InputToken
 from saekit.results import Metric
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -46,6 +47,11 @@ def render(template: str, **values: Any) -> str:
 def contexts_html(contexts: Sequence[Context], maximum: float) -> str:
     """Contexts as HTML: each token coloured by its activation, which its tooltip gives."""
     return render("contexts.html.j2", contexts=contexts, maximum=maximum)
+
+
+def bars_html(tokens: Sequence[InputToken]) -> str:
+    """Tokens that a latent fires on as HTML, each with a bar of its share."""
+    return render("bars.html.j2", tokens=tokens)
 
 
 def metrics_html(metrics: Mapping[str, Metric]) -> str:

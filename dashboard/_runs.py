@@ -55,7 +55,7 @@ class Brief:
     @classmethod
     def of(cls, path: Path, name: str, number: int, now: float) -> "Brief":
         try:
-            run = Run.open(path, with_examples=False)
+            run = Run.open(path)
         except SaekitError as error:
             return cls(name, number, "broken", None, str(error))
         if not run.training:

@@ -153,7 +153,7 @@ def _open(path: Path, state: tuple[tuple[str, int], ...]) -> Run:
 
 def _state(path: Path) -> tuple[tuple[str, int], ...]:
     """When each file of the run was last written, so that a run still training is read afresh."""
-    files = [*path.glob("*.*"), *path.glob("results/*.*")]
+    files = [*path.glob("*.*"), *path.glob("results/*.*"), *path.glob("results/features/*.json")]
     return tuple(sorted((str(file), file.stat().st_mtime_ns) for file in files if file.is_file()))
 
 
@@ -164,4 +164,4 @@ def _watch(path: Path, state: tuple[tuple[str, int], ...]) -> None:
         st.rerun()
 
 
-main(sys.argv[1:])
+main([argument for argument in sys.argv[1:] if argument != screen_features.WRITE])

@@ -1,36 +1,28 @@
-"""What a run's folder holds, read for people: curves, metrics, and each latent's examples as text.
+"""What a run's folder holds, read for people: curves, metrics, and where the features are.
 
-Reading alone: no torch, no streamlit, no figures. Axes: d_sae (latents), context (examples of one
-latent, strongest first), window (tokens of one example), step (lines of the training log).
+Reading alone: no torch, no streamlit, no figures. Axes: step (lines of the training log).
 """
 
 import json
 import shlex
 import unicodedata
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from numpy import ndarray
 from safetensors import SafetensorError
 
+from saekit import features
 from saekit.config import read_toml
 from saekit.errors import SaekitError
-from saekit.results import RESULTS, EvalResult, LatentExamples, Provenance
+from saekit.features import FeatureStore
+from saekit.results import RESULTS, EvalResult, Provenance
 
 CONFIG, LOG, SAE_CONFIG, TRAIN_STATE = "config.toml", "metrics.jsonl", "config.json", "train_state"
-
-# Evaluation -> the file, without its ending, that holds what is read of it here.
-_FILES = {"core": "core", "examples": LatentExamples.NAME}
-
-Where = Literal["fires on", "contexts", "promotes"]
-Show = Literal["alive", "dead", "all"]
-SortBy = Literal["density", "maximum", "latent"]
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,11 +39,10 @@ class Run:
     """Of the finished SAE's weights; None while it is being trained."""
     provenance: Provenance | None
     core: EvalResult | None
-    examples: LatentExamples | None
 
     @classmethod
-    def open(cls, path: Path | str, *, with_examples: bool = True) -> "Run":
-        """Read everything the folder holds; the examples, which are large, only where asked for.
+    def open(cls, path: Path | str) -> "Run":
+        """Read everything the folder holds; the feature store, which is large, is only looked into.
 
         Raises SaekitError where it is no run, where a file in it cannot be read, and where its
         results are of other weights than those that now lie beside them.
@@ -78,10 +69,10 @@ class Run:
             d_sae=sae.get("d_sae", config.get("d_sae")),
             fingerprint=sae.get("fingerprint"),
             provenance=provenance,
-            core=_read_result(path, "core", lambda folder: EvalResult.load(folder, "core")),
-            examples=_read_result(path, "examples", LatentExamples.load) if with_examples else None,
+            core=read_result(path, "core"),
         )
-        run._check_results_belong()
+        if run.core is not None:
+            run._check_belongs(run.core.sae_fingerprint, f"{RESULTS}/core.json", "core")
         return run
 
     @property
@@ -106,32 +97,44 @@ class Run:
         return self.fingerprint is None
 
     @cached_property
-    def table(self) -> dict[str, ndarray]:
-        """See `latent_table`; empty without examples."""
-        return latent_table(self.examples) if self.examples else {}
+    def features(self) -> FeatureStore | None:
+        """The feature store; None where none was made yet.
+
+        Raises SaekitError where it is damaged, or of other weights than those beside it.
+        """
+        results, command = self.path / RESULTS, eval_command("examples", self.path)
+        if not FeatureStore.exists(results):
+            return None
+        try:
+            store = FeatureStore.open(results)
+        except SaekitError as error:
+            raise SaekitError(f"{error}; make the store again: `{command}`") from error
+        where = f"{RESULTS}/{features.NAME}"
+        self._check_belongs(store.header.sae_fingerprint, where, "examples")
+        if self.d_sae not in (None, store.d_sae):
+            raise SaekitError(
+                f"{self.path / where} tells of {store.d_sae} latents, the SAE has {self.d_sae}. "
+                f"Make it again: `{command}`"
+            )
+        return store
 
     def missing(self) -> list[str]:
         """The commands that still have to be given before a report can be written, in order."""
         if self.training:
             config, out = shlex.quote(str(self.path / CONFIG)), shlex.quote(str(self.path))
             return [f"saekit train {self.kind} {config} --out {out}"]
-        absent = [name for name in ("core", "examples") if getattr(self, name) is None]
-        return [eval_command(name, self.path) for name in absent]
+        there = {
+            "core": self.core is not None,
+            "examples": FeatureStore.exists(self.path / RESULTS),
+        }
+        return [eval_command(name, self.path) for name, found in there.items() if not found]
 
-    def _check_results_belong(self) -> None:
-        for name, result in (("core", self.core), ("examples", self.examples)):
-            made_with = result.sae_fingerprint if result else None
-            if made_with and self.fingerprint and made_with != self.fingerprint:
-                raise SaekitError(
-                    f"{self.path / RESULTS / _FILES[name]}.json was measured on weights "
-                    f"{made_with[:12]}..., the run now holds {self.fingerprint[:12]}...: it was "
-                    f"trained again since. Measure again: `{eval_command(name, self.path)}`"
-                )
-        if self.examples is not None and self.d_sae not in (None, len(self.examples.density)):
+    def _check_belongs(self, made_with: str | None, where: str, name: str) -> None:
+        if made_with and self.fingerprint and made_with != self.fingerprint:
             raise SaekitError(
-                f"{self.path / RESULTS / _FILES['examples']}.json tells of "
-                f"{len(self.examples.density)} latents, the SAE has {self.d_sae}. Measure again: "
-                f"`{eval_command('examples', self.path)}`"
+                f"{self.path / where} was measured on weights {made_with[:12]}..., the run now "
+                f"holds {self.fingerprint[:12]}...: it was trained again since. Measure again: "
+                f"`{eval_command(name, self.path)}`"
             )
 
 
@@ -176,7 +179,10 @@ class Context:
 
     document: str
     peak: float
+    """Activation of the token that the context was picked for."""
     spans: list[Span]
+    unexplained: float = float("nan")
+    """Share of that token's variance that the SAE leaves in the dark."""
 
 
 @dataclass(frozen=True)
@@ -185,37 +191,6 @@ class TokenLogit:
 
     name: str
     logit: float
-
-
-def contexts(examples: LatentExamples, latent: int, limit: int | None = None) -> list[Context]:
-    """The latent's examples, strongest first; empty slots and padding left out."""
-    found = []
-    for slot in np.flatnonzero(examples.peak[latent] > 0)[:limit]:
-        tokens, acts = examples.tokens[latent, slot], examples.acts[latent, slot]
-        peak_at = examples.peak_at[latent, slot]
-        spans = [
-            Span(show_token(examples.vocab[token]), float(acts[at]), bool(at == peak_at))
-            for at, token in enumerate(tokens)
-            if token >= 0
-        ]
-        document = examples.documents[examples.document[latent, slot]]
-        found.append(Context(document, float(examples.peak[latent, slot]), spans))
-    return found
-
-
-def promoted(examples: LatentExamples, latent: int) -> list[TokenLogit]:
-    """Output tokens the latent raises most, first the most; empty where it writes to none."""
-    return _token_logits(examples, examples.promoted[latent], examples.promoted_logit[latent])
-
-
-def suppressed(examples: LatentExamples, latent: int) -> list[TokenLogit]:
-    """Output tokens the latent lowers most, first the most."""
-    return _token_logits(examples, examples.suppressed[latent], examples.suppressed_logit[latent])
-
-
-def is_dead(examples: LatentExamples) -> Bool[ndarray, " d_sae"]:
-    """Latents that fired on none of the rows looked at."""
-    return examples.density <= 0
 
 
 def show_token(text: str) -> str:
@@ -235,97 +210,12 @@ def name_token(text: str) -> str:
     return "␣" * head + shown.strip(" ") + "␣" * tail
 
 
-def latent_table(examples: LatentExamples) -> dict[str, ndarray]:
-    """One row a latent: its numbers, the tokens it fires on, those it promotes."""
-    names = np.array([name_token(text) for text in examples.vocab] + [""], dtype=object)
-    peaks = peak_tokens(examples)
-    return {
-        "latent": np.arange(len(examples.density)),
-        "density": examples.density,
-        "maximum": examples.maximum,
-        "fires on": np.array([_few(names[row]) for row in peaks], dtype=object),
-        "promotes": np.array([_few(names[row]) for row in examples.promoted], dtype=object),
-    }
-
-
-def peak_tokens(examples: LatentExamples) -> Int[ndarray, "d_sae context"]:
-    """The token under the strongest activation of each example; -1 for an empty slot."""
-    at = examples.peak_at[..., None].astype(np.int64)
-    tokens = np.take_along_axis(examples.tokens, at, axis=2)[..., 0]
-    return np.where(examples.peak > 0, tokens, -1)
-
-
-def select(
-    examples: LatentExamples,
-    *,
-    show: Show = "alive",
-    query: str = "",
-    where: Where = "contexts",
-    density: tuple[float, float] = (0.0, 1.0),
-    sort_by: SortBy = "density",
-    descending: bool = True,
-) -> Int[ndarray, " found"]:
-    """The latents that pass every filter, in order. `density` bounds are inclusive."""
-    dead = is_dead(examples)
-    keep = {"alive": ~dead, "dead": dead, "all": np.ones_like(dead)}[show]
-    inside = (examples.density >= density[0]) & (examples.density <= density[1])
-    keep = keep & (inside | dead)
-    if query:
-        keep &= search(examples, query, where)
-    found = np.flatnonzero(keep)
-    keys = {"density": examples.density, "maximum": examples.maximum}
-    values = keys[sort_by][found] if sort_by in keys else found
-    return found[np.argsort(-values if descending else values, kind="stable")]
-
-
-def search(examples: LatentExamples, query: str, where: Where) -> Bool[ndarray, " d_sae"]:
-    """Latents with `query` (any case) in a token they fire on or promote, or in their contexts.
-
-    A query in contexts may run over several tokens; elsewhere it must lie within one.
-    """
-    wanted = query.casefold()
-    if where == "contexts":
-        vocab = np.array([text.casefold() for text in examples.vocab] + [""], dtype=object)
-        found = [_in_contexts(vocab, tokens, wanted) for tokens in examples.tokens]
-        return np.array(found, dtype=bool)
-    matches = np.array([wanted in text.casefold() for text in examples.vocab] + [False])
-    tokens = peak_tokens(examples) if where == "fires on" else examples.promoted
-    return np.asarray(matches[tokens].any(axis=1))
-
-
-def sample_latents(examples: LatentExamples, n: int, seed: int) -> list[int]:
-    """A fair sample of the latents that fire: one drawn at random from each of `n` equal groups by
-    density, the densest group first. All of them where there are no more than `n`.
-    """
-    alive = select(examples)
-    rng = np.random.default_rng(seed)
-    groups = np.array_split(alive, min(n, len(alive))) if len(alive) and n > 0 else []
-    return [int(rng.choice(group)) for group in groups]
-
-
 _SHOWN = {"\n": "↵", "\r": "␍", "\t": "→", " ": " "}
 
 
 def _spell(char: str) -> str:
     hidden = unicodedata.category(char) in ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp")
     return f"\\u{ord(char):04x}" if hidden else char
-
-
-def _few(names: ndarray, limit: int = 5) -> str:
-    distinct = dict.fromkeys(name for name in names if name)
-    return "  ".join(list(distinct)[:limit])
-
-
-def _in_contexts(vocab: ndarray, tokens: Int[ndarray, "context window"], wanted: str) -> bool:
-    return any(wanted in "".join(vocab[window]) for window in tokens)
-
-
-def _token_logits(examples: LatentExamples, tokens: ndarray, logits: ndarray) -> list[TokenLogit]:
-    return [
-        TokenLogit(name_token(examples.vocab[token]), float(logit))
-        for token, logit in zip(tokens, logits, strict=True)
-        if token >= 0
-    ]
 
 
 def _number(value: Any) -> float:
@@ -344,13 +234,13 @@ def _read_object(path: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _read_result(path: Path, name: str, load: Callable[[Path], Result]) -> Result | None:
+def read_result(path: Path, name: str) -> EvalResult | None:
     """What the named evaluation found; None where it has not been run."""
-    file = path / RESULTS / _FILES[name]
+    file = path / RESULTS / name
     if not file.with_suffix(".json").is_file():
         return None
     try:
-        return load(file.parent)
+        return EvalResult.load(file.parent, name)
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise SaekitError(
             f"{file}.json or .safetensors cannot be read ({error}); write both again: "

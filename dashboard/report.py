@@ -8,13 +8,14 @@ from typing import Any
 
 from markupsafe import Markup
 
-from saekit.dashboard import _findings, _render, data, figures, figures_compare
+from saekit.dashboard import _findings, _render, data, features, figures, figures_compare
 from saekit.dashboard._comparison import Comparison, Subject
 from saekit.dashboard.compare import parts
 from saekit.dashboard.data import Run
 from saekit.errors import SaekitError
+from saekit.features import FeatureStore
 from saekit.files import write_text
-from saekit.results import EvalResult, LatentExamples, Metric
+from saekit.results import EvalResult, Metric
 
 N_CONTEXTS, N_LOGITS = 6, 8
 """Contexts and output tokens shown of each latent."""
@@ -52,8 +53,8 @@ def write_report(run: Path, out: Path | None = None, *, n_latents: int = 24, see
     SaekitError, with the commands to give, where the SAE or a result is not there yet.
     """
     opened = Run.open(run)
-    core, examples = opened.core, opened.examples
-    if opened.training or core is None or examples is None:
+    core, store = opened.core, opened.features
+    if opened.training or core is None or store is None:
         commands = "\n".join(f"    {command}" for command in opened.missing())
         raise SaekitError(
             f"a report of {run} needs results that are not there yet; give first:\n{commands}"
@@ -63,7 +64,7 @@ def write_report(run: Path, out: Path | None = None, *, n_latents: int = 24, see
         raise SaekitError(
             f"{out} must end in .html: that is what is written, with Markdown (.md) beside it"
         )
-    chosen = data.sample_latents(examples, n_latents, seed)
+    chosen = features.sample_latents(store, n_latents, seed)
     subject = Subject.of(opened)
     beside = Comparison([subject]) if subject.controls else None
     values = {
@@ -72,9 +73,9 @@ def write_report(run: Path, out: Path | None = None, *, n_latents: int = 24, see
         "facts": facts(opened),
         "tiles": tiles(core),
         "measured_on": measured_on(core),
-        "sample_note": _sample_note(examples, chosen, seed),
-        "context_note": context_note(examples),
-        "latents": [_latent(examples, latent) for latent in chosen],
+        "sample_note": _sample_note(store, chosen, seed),
+        "context_note": context_note(store),
+        "latents": [_latent(store, latent) for latent in chosen],
         "sections": _sections(subject),
         "comparison": beside,
         "commands": _commands(opened, subject),
@@ -83,7 +84,7 @@ def write_report(run: Path, out: Path | None = None, *, n_latents: int = 24, see
     panels = figures.training_panels(opened.curves)
     charts = {
         **{f"training-{name}": figure for name, figure in panels.items()},
-        "density": figures.density_histogram(examples.density),
+        "density": figures.density_histogram(store.column("density")),
         "ladder": figures.ce_ladder(core.metrics),
     }
     page = _render.render(
@@ -149,17 +150,18 @@ def measured_on(core: EvalResult) -> str:
     return f"Measured at {core.hook} on {_split(core.split)}, {left_out}."
 
 
-def context_note(examples: LatentExamples) -> str:
+def context_note(store: FeatureStore) -> str:
     """Where the contexts are from and how they were picked."""
-    left_out = f", {_listing(examples.exclude)} tokens left out" if examples.exclude else ""
+    of = store.header
+    left_out = f", {_listing(of.exclude)} tokens left out" if of.exclude else ""
     return (
-        f"Contexts are each latent's strongest among {examples.n_rows:,} tokens of "
-        f"{_split(examples.split)}{left_out}; weaker activations may mean something else."
+        f"Contexts are each latent's strongest among {of.n_rows:,} tokens of "
+        f"{_split(of.split)}{left_out}; weaker activations may mean something else."
     )
 
 
-def _sample_note(examples: LatentExamples, chosen: list[int], seed: int) -> str:
-    alive = int((~data.is_dead(examples)).sum())
+def _sample_note(store: FeatureStore, chosen: list[int], seed: int) -> str:
+    alive = int((~features.is_dead(store)).sum())
     if len(chosen) == alive:
         return f"All {alive:,} latents that fire, the densest first."
     return (
@@ -168,18 +170,19 @@ def _sample_note(examples: LatentExamples, chosen: list[int], seed: int) -> str:
     )
 
 
-def _latent(examples: LatentExamples, latent: int) -> dict[str, Any]:
-    contexts = data.contexts(examples, latent, N_CONTEXTS)
-    maximum = float(examples.maximum[latent])
+def _latent(store: FeatureStore, index: int) -> dict[str, Any]:
+    latent = store.latent(index)
+    contexts = features.contexts(store, latent, limit=N_CONTEXTS)
+    maximum = latent.numbers["maximum"]
     return {
-        "index": latent,
-        "density": float(examples.density[latent]),
+        "index": index,
+        "density": latent.numbers["density"],
         "maximum": maximum,
         "contexts": contexts,
         "contexts_html": Markup(_render.contexts_html(contexts, maximum)),
-        "histogram": Markup(figures.histogram_svg(examples.histogram[latent], maximum)),
-        "promoted": data.promoted(examples, latent)[:N_LOGITS],
-        "suppressed": data.suppressed(examples, latent)[:N_LOGITS],
+        "histogram": Markup(figures.histogram_svg(latent.lists["histogram"], maximum)),
+        "promoted": features.promoted(store, latent)[:N_LOGITS],
+        "suppressed": features.suppressed(store, latent)[:N_LOGITS],
     }
 
 

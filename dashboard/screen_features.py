@@ -1,88 +1,201 @@
-"""The latents, one by one: a table to search and sort, and beside it what the chosen one fires on.
-
-The chosen latent lives in the session under "latent" and in the address as `?latent=`.
+"""The latents: a table to search, sort and filter, or a map of their directions, and beside it the
+chosen one.
 """
 
-from typing import Any
+import sys
 
 import numpy as np
 import streamlit as st
 from numpy import ndarray
 
-from saekit.dashboard import _render, data, figures
-from saekit.dashboard.data import Run, Show, SortBy, Where, eval_command
-from saekit.dashboard.report import context_note
-from saekit.results import LatentExamples
+from saekit.dashboard import (
+    _building,
+    _notes,
+    _render,
+    features,
+    figures,
+    figures_features,
+    screen_feature,
+)
+from saekit.dashboard._notes import Note
+from saekit.dashboard.data import Run
+from saekit.dashboard.features import Query, Show, SortBy, Where
+from saekit.errors import SaekitError
+from saekit.features import FeatureStore
+
+WRITE = "--write"
+"""Argument of the app: whether the browser may write into the run."""
+
+ROWS = 500
+"""Rows of the table at once: the web browser gets them all."""
 
 SORTS: dict[str, tuple[SortBy, bool]] = {
     "density ↓": ("density", True),
     "density ↑": ("density", False),
     "maximum ↓": ("maximum", True),
+    "mean when active ↓": ("mean_active", True),
+    "kurtosis ↓": ("kurtosis", True),
+    "kurtosis ↑": ("kurtosis", False),
+    "logit kurtosis ↓": ("logit_kurtosis", True),
+    "nearest cosine ↓": ("nearest_cosine", True),
+    "unexplained ↓": ("unexplained", True),
     "number": ("latent", False),
 }
+PLACES: list[Where] = ["contexts", "fires on", "promotes", "label or note"]
+SHOWN: list[Show] = ["alive", "dense", "dead", "all", "starred"]
 
 
 def show(run: Run) -> None:
-    if run.examples is None:
+    try:
+        store = run.features
+    except SaekitError as error:
         st.markdown("## Features")
-        st.info(
-            f"No examples yet: `{eval_command('examples', run.path)}` collects them"
-            + (", once training has ended." if run.training else ".")
-        )
+        st.error(_render.escape_markdown(error))
+        _offer(run)
         return
-    examples = run.examples
-    left, right = st.columns([4, 6], gap="medium")
+    if store is None:
+        st.markdown("## Features")
+        st.info("There is no feature store of this run yet.")
+        _offer(run)
+        return
+    left, right = st.columns([5, 6], gap="medium")
     with left:
-        found = _filters(examples)
-        if len(found):
-            latent = _chosen(examples, found)
-            _table(run, found, latent)
-            with right:
-                _latent(examples, found, latent)
-        else:
+        notes, texts = _told(run)
+        found = _filters(store, notes, texts)
+        if not len(found):
             st.info("No latent passes these filters; widen the search, or show all.")
+            return
+        latent = _chosen(store, found)
+        if (
+            st.segmented_control(
+                "View", ["table", "map"], default="table", key="as", label_visibility="collapsed"
+            )
+            == "map"
+        ):
+            _map(store, found, latent)
+        else:
+            _table(store, found, latent, notes, texts)
+    with right:
+        screen_feature.panel(run, store, latent, found, writable=writable())
 
 
-def _filters(examples: LatentExamples) -> ndarray:
-    query = st.text_input(
+def writable() -> bool:
+    return WRITE in sys.argv
+
+
+def _told(run: Run) -> tuple[dict[int, Note], dict[int, str]]:
+    """Notes, and all that is written of latents: explanations and notes."""
+    try:
+        notes, texts = _notes.read(run.path), _notes.labels(run.path)
+    except SaekitError:
+        return {}, {}  # said beside the latent
+    for latent, note in notes.items():
+        if note.text:
+            texts[latent] = f"{texts[latent]}\n{note.text}" if latent in texts else note.text
+    return notes, texts
+
+
+def _offer(run: Run) -> None:
+    """How the store is made: by a button, where the browser may write, or by a command."""
+    if run.training:
+        st.caption("Training has to end first.")
+        return
+    st.markdown(
+        "It takes one pass over the activations that the SAE was trained on, and writes to "
+        f"`{_plain(_building.writes(run.path))}` alone. Stopped at any moment, it goes on where it "
+        "was."
+    )
+    st.button(
+        "Make the feature store",
+        icon=":material/construction:",
+        key="build",
+        type="primary",
+        on_click=_building.start,
+        args=(run.path,),
+        disabled=not writable() or _building.running(run.path),
+        help=None if writable() else "Start the browser with `saekit dashboard --write` for this",
+    )
+    st.caption("The same by command:")
+    st.code(_building.command(run.path), language="bash", wrap_lines=True)
+    if failed := _building.failure(run.path):
+        st.error(_render.escape_markdown(failed))
+    if _building.running(run.path) or _building.reached(run.path):
+        _progress(run)
+
+
+@st.fragment(run_every=1)
+def _progress(run: Run) -> None:
+    reached = _building.reached(run.path)
+    if reached is None:
+        if not _building.running(run.path):
+            st.rerun()
+        st.caption("Starting …")
+        return
+    share = min(1.0, reached.done / max(reached.total, 1))
+    stopped = "" if _building.running(run.path) else " (not by this browser, or stopped)"
+    st.progress(share, f"{reached.phase}: {reached.done:,} of {reached.total:,}{stopped}")
+
+
+def _filters(store: FeatureStore, notes: dict[int, Note], texts: dict[int, str]) -> ndarray:
+    text = st.text_input(
         "Search", key="query", type="search", placeholder="Search for a token or a piece of text"
     )
     where, order, show = st.columns([4, 4, 3])
-    places: list[Where] = ["contexts", "fires on", "promotes"]
     place = where.selectbox(
         "in",
-        places,
+        PLACES,
         key="where",
         help=(
-            "contexts: anywhere in the examples, also across tokens. fires on: the token under the "
-            "strongest activation. promotes: output tokens whose logit it raises."
+            "contexts: anywhere in the strongest contexts, also across tokens. fires on: tokens "
+            "with the most of its activation. promotes: output tokens whose logit it raises."
         ),
     )
     sort = order.selectbox("order", list(SORTS), key="sort")
-    kinds: list[Show] = ["alive", "dead", "all"]
-    kind = show.selectbox("show", kinds, key="show")
-    alive = examples.density[examples.density > 0]
-    low = int(np.floor(np.log10(alive.min()))) if len(alive) else -1
-    bounds = st.select_slider(
-        "fires on this share of tokens",
-        [step / 2 for step in range(2 * low, 1)],
-        (float(low), 0.0),
-        format_func=lambda power: _render.percent(10**power),
-        key="bounds",
-    )
+    kind = show.selectbox("show", SHOWN, key="show")
+    with st.expander("More filters"):
+        density = _powers("fires on this share of tokens", store.column("density"), "bounds", True)
+        kurtosis = _powers("kurtosis", store.column("kurtosis"), "tails", False)
+        like = st.number_input(
+            "near to latent",
+            0,
+            store.d_sae - 1,
+            value=None,
+            step=1,
+            key="like",
+            help="Only this one and the nearest to it, by direction or by where they fire",
+        )
     sort_by, descending = SORTS[sort]
-    return data.select(
-        examples,
-        show=kind,
-        query=query or "",
+    query = Query(
+        text=text or "",
         where=place,
-        density=(10 ** bounds[0], 10 ** bounds[1]),
+        show=kind,
+        density=density,
+        kurtosis=kurtosis,
+        like=like,
         sort_by=sort_by,
         descending=descending,
     )
+    starred = [latent for latent, note in notes.items() if note.star]
+    return features.select(store, query, texts, starred)
 
 
-def _chosen(examples: LatentExamples, found: ndarray) -> int:
+def _powers(label: str, values: ndarray, key: str, share: bool) -> tuple[float, float]:
+    """A slider over powers of 10, which reaches over all values."""
+    some = values[np.isfinite(values) & (values > 0)]
+    low = int(np.floor(np.log10(some.min()))) if len(some) else -1
+    high = 0 if share else max(low + 1, int(np.ceil(np.log10(some.max()))) if len(some) else 1)
+    chosen = st.select_slider(
+        label,
+        [step / 2 for step in range(2 * low, 2 * high + 1)],
+        (float(low), float(high)),
+        format_func=lambda power: _render.percent(10**power) if share else f"{10**power:.3g}",
+        key=key,
+    )
+    least, most = (float(10**power) for power in chosen)
+    return least if chosen[0] > low else 0.0, most if chosen[1] < high else float("inf")
+
+
+def _chosen(store: FeatureStore, found: ndarray) -> int:
     """The latent to show: of this session, else of the address, else the first of the table.
 
     One that new filters leave out makes way for the first that they let in.
@@ -92,12 +205,12 @@ def _chosen(examples: LatentExamples, found: ndarray) -> int:
         asked = st.query_params.get("latent")
         state["latent"] = int(found[0])
         if asked is not None:
-            if asked.isascii() and asked.isdigit() and int(asked) < len(examples.density):
+            if asked.isascii() and asked.isdigit() and int(asked) < store.d_sae:
                 state["latent"] = int(asked)
             else:
                 st.warning(
                     f"The address asks for latent {_render.escape_markdown(asked)}; this SAE has "
-                    f"0 to {len(examples.density) - 1}. Shown instead: {state['latent']}."
+                    f"0 to {store.d_sae - 1}. Shown instead: {state['latent']}."
                 )
     elif not np.array_equal(found, state["listed"]) and state["latent"] not in found:
         state["latent"] = int(found[0])
@@ -106,87 +219,104 @@ def _chosen(examples: LatentExamples, found: ndarray) -> int:
     return int(state["latent"])
 
 
-def _table(run: Run, found: ndarray, latent: int) -> None:
-    columns = {name: values[found] for name, values in run.table.items()}
+def _table(
+    store: FeatureStore,
+    found: ndarray,
+    latent: int,
+    notes: dict[int, Note],
+    texts: dict[int, str],
+) -> None:
+    at = np.flatnonzero(found == latent)
+    page = int(at[0]) // ROWS if len(at) else 0
+    shown = found[page * ROWS : (page + 1) * ROWS]
+    columns = features.table(store, shown)
     columns["density"] = 100 * columns["density"]
-    row = np.flatnonzero(found == latent)[:1].tolist()
+    columns["unexplained"] = 100 * columns["unexplained"]
+    some = shown.tolist()
+    if notes:
+        stars = ["★" if notes.get(one, Note()).star else "" for one in some]
+        columns = {"★": np.array(stars, dtype=object), **columns}
+    if texts:
+        columns["label or note"] = np.array([texts.get(one, "") for one in some], dtype=object)
+    row = np.flatnonzero(shown == latent)[:1].tolist()
     st.session_state["table"] = {"selection": {"rows": row, "columns": [], "cells": []}}
-    config = st.column_config
+    number = st.column_config.NumberColumn
     st.dataframe(
         columns,
         hide_index=True,
-        height=min(620, 35 * (len(found) + 1) + 2),
+        height=min(620, 35 * (len(shown) + 1) + 3),
         key="table",
-        on_select=lambda: _pick(found),
+        on_select=lambda: _pick(shown),
         selection_mode=["single-row", "single-cell"],
         column_config={
-            "latent": config.NumberColumn(format="%d", width=60),
-            "density": config.NumberColumn(format="%.3g%%", width=75),
-            "maximum": config.NumberColumn("max", format="%.2f", width=60),
+            "latent": number(format="%d", width=60),
+            "density": number(format="%.3g%%", width=75),
+            "maximum": number("max", format="%.2f", width=60),
+            "mean_active": number("mean", help="Mean when active", format="%.2f", width=60),
+            "kurtosis": number(format="%.3g", width=75),
+            "nearest_cosine": number(
+                "nearest", help="Cosine with the nearest decoder row", format="%.2f", width=70
+            ),
+            "unexplained": number(
+                "dark", help="Share of variance left where it fires", format="%.1f%%", width=65
+            ),
         },
+        column_order=[
+            name
+            for name in (
+                "★",
+                "latent",
+                "density",
+                "fires on",
+                "label or note",
+                "promotes",
+                "maximum",
+                "mean_active",
+                "kurtosis",
+                "nearest_cosine",
+                "unexplained",
+            )
+            if name in columns
+        ],
     )
-    st.caption(f"{len(found):,} of {run.d_sae:,} latents")
+    count = f"{len(found):,} of {store.d_sae:,} latents"
+    if len(found) > ROWS:
+        count += f"; numbers {page * ROWS + 1:,} to {page * ROWS + len(shown):,} of them shown"
+    st.caption(count)
 
 
-def _pick(found: ndarray) -> None:
+def _pick(shown: ndarray) -> None:
     selection = st.session_state["table"]["selection"]
     # A click on a cell leaves the marked row of the latent shown so far in "rows".
     rows = [row for row, _ in selection["cells"]] or selection["rows"]
     if rows:
-        st.session_state["latent"] = int(found[rows[0]])
+        screen_feature.go_to(int(shown[rows[0]]))
 
 
-def _latent(examples: LatentExamples, found: ndarray, latent: int) -> None:
-    title, back, number, on = st.columns([6, 1, 2, 1], vertical_alignment="bottom")
-    title.markdown(f"## Latent {latent}")
-    back.button(
-        "",
-        icon=":material/chevron_left:",
-        key="previous",
-        help="Previous in the table",
-        on_click=_step,
-        args=(found, -1),
-        width="stretch",
+def _map(store: FeatureStore, found: ndarray, latent: int) -> None:
+    figure = figures_features.feature_map(
+        features.place_on_map(store), store.column("density"), found, latent
     )
-    number.number_input(
-        "Latent", 0, len(examples.density) - 1, step=1, key="latent", label_visibility="collapsed"
+    st.plotly_chart(
+        figure,
+        theme=None,
+        config=figures.CONFIG | {"scrollZoom": True},
+        key="map",
+        on_select=_pick_on_map,
+        selection_mode="points",
     )
-    on.button(
-        "",
-        icon=":material/chevron_right:",
-        key="next",
-        help="Next in the table",
-        on_click=_step,
-        args=(found, 1),
-        width="stretch",
+    st.caption(
+        "Decoder directions, near ones close to each other; distances say no more. Colour: how "
+        "often a latent fires; grey: left out by the filters. Click one to see it."
     )
-    density, maximum = float(examples.density[latent]), float(examples.maximum[latent])
-    if density <= 0:
-        st.info(f"Latent {latent} is dead: it fired on none of {examples.n_rows:,} tokens.")
-    else:
-        rank, alive = (examples.density > density).sum() + 1, (examples.density > 0).sum()
-        st.caption(
-            f"Fires on {_render.percent(density)} of tokens (number {rank:,} of {alive:,} by "
-            f"density), with at most {_render.number(maximum)}."
-        )
-        shown = data.contexts(examples, latent)
-        with st.container(border=True, height=430 if len(shown) > 6 else "content"):
-            st.html(_render.contexts_html(shown, maximum))
-        st.caption(context_note(examples))
-    bars = figures.token_bars(data.promoted(examples, latent), data.suppressed(examples, latent))
-    _chart(bars, "logits")
-    left, right = st.columns(2)
-    with left:
-        _chart(figures.activation_histogram(examples.histogram[latent], maximum), "histogram")
-    with right:
-        _chart(figures.density_histogram(examples.density, mark=density), "density")
 
 
-def _step(found: ndarray, by: int) -> None:
-    """Go to the neighbour in the table; from a latent outside it, to its first."""
-    at = np.flatnonzero(found == st.session_state["latent"])
-    st.session_state["latent"] = int(found[(int(at[0]) + by) % len(found)] if len(at) else found[0])
+def _pick_on_map() -> None:
+    points = st.session_state["map"]["selection"]["points"]
+    if points:
+        screen_feature.go_to(int(points[0]["customdata"][0]))
 
 
-def _chart(figure: Any, key: str) -> None:
-    st.plotly_chart(figure, theme=None, config=figures.CONFIG, key=key)
+def _plain(text: str) -> str:
+    """Text for the inside of Markdown's backticks."""
+    return text.replace("`", "'")

@@ -30,12 +30,20 @@ OPTIONS = {
 }
 
 
-def serve(path: Path, *, port: int = 8501, host: str = HOST, headless: bool = False) -> int:
+def serve(
+    path: Path,
+    *,
+    port: int = 8501,
+    host: str = HOST,
+    headless: bool = False,
+    write: bool = False,
+) -> int:
     """Serve the feature browser of a run, or of a folder of runs, until Ctrl-C; returns the exit
     code.
 
     Call it from the main thread. Only this machine can reach it, unless `host` is another address
-    of this machine; the log then says what that means. `headless` opens no window. Raises
+    of this machine; the log then says what that means. `headless` opens no window;
+    `write` lets the browser make the runs' feature stores and keep notes in them. Raises
     SaekitError where what is there cannot be read, the host is not this machine's, or the port is
     taken.
     """
@@ -51,7 +59,7 @@ def serve(path: Path, *, port: int = 8501, host: str = HOST, headless: bool = Fa
             "%d:%s:%d THIS_MACHINE`",
             *(host, path, port, HOST, port),
         )
-    process = subprocess.Popen(command(path, port=port, host=host, headless=headless))
+    process = subprocess.Popen(command(path, port=port, host=host, headless=headless, write=write))
     before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     try:
         return process.wait()
@@ -63,7 +71,9 @@ def serve(path: Path, *, port: int = 8501, host: str = HOST, headless: bool = Fa
         signal.signal(signal.SIGTERM, before)
 
 
-def command(path: Path, *, port: int, host: str = HOST, headless: bool) -> list[str]:
+def command(
+    path: Path, *, port: int, host: str = HOST, headless: bool, write: bool = False
+) -> list[str]:
     """The command line that `serve` starts."""
     options = OPTIONS | {
         "server.address": host,
@@ -71,7 +81,8 @@ def command(path: Path, *, port: int, host: str = HOST, headless: bool) -> list[
         "server.headless": str(headless).lower(),
     }
     flags = [f"--{name}={value}" for name, value in options.items()]
-    return [sys.executable, "-m", "streamlit", "run", str(APP), *flags, "--", str(path)]
+    extra = ["--write"] if write else []
+    return [sys.executable, "-m", "streamlit", "run", str(APP), *flags, "--", str(path), *extra]
 
 
 def _is_local(host: str) -> bool:

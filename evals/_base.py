@@ -6,7 +6,7 @@ Axes: row (activations that the token mask keeps), d (their width).
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -24,7 +24,7 @@ from saekit.config import Config
 from saekit.errors import CacheError, ConfigError
 from saekit.evals import _kinds
 from saekit.progress import bar
-from saekit.results import EvalResult, LatentExamples, Metric, versions
+from saekit.results import EvalResult, Metric, versions
 from saekit.sae import SAE
 
 
@@ -78,8 +78,6 @@ class Findings:
 
     metrics: dict[str, Metric]
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
-    product: LatentExamples | None = None
-    """Saved beside the EvalResult, for an evaluation that has a file format of its own."""
 
 
 class Eval(ABC):
@@ -94,13 +92,19 @@ class Eval(ABC):
         cache: ActivationCache,
         hook: str,
         *,
+        out: Path | None = None,
         progress: bool = False,
     ) -> None:
         self.cfg = cfg
         self.device = resolve_device(cfg.device)
+        self.given = sae
+        """The SAE as it was given: what results are of."""
         self.sae = sae.to(self.device, torch.float32)
         self.cache = cache
         self.hook = hook
+        self.out = out
+        """Folder of the results, for an evaluation that has a format of its own and writes it as it
+        goes; None where nothing is to be kept."""
         self.progress = progress
 
     @abstractmethod
@@ -185,8 +189,9 @@ def evaluate(
             f"evaluation '{name}' takes a {kind.Config.__name__}, not a {type(cfg).__name__}"
         )
     hook = matching_hook(sae, cache, hook)
+    folder = None if out is None else Path(out)
     with torch.no_grad():
-        found: Findings = kind(cfg, sae, cache, hook, progress=progress).run()
+        found: Findings = kind(cfg, sae, cache, hook, out=folder, progress=progress).run()
     result = EvalResult(
         eval=name,
         metrics=found.metrics,
@@ -199,10 +204,8 @@ def evaluate(
         versions=versions(),
         arrays=found.arrays,
     )
-    if out is not None:
-        if found.product is not None:
-            replace(found.product, sae_fingerprint=result.sae_fingerprint).save(Path(out))
-        result.save(Path(out))
+    if folder is not None:
+        result.save(folder)
     return result
 
 

@@ -1,10 +1,8 @@
 """The files that evaluations write and the report and dashboard read, and where a result comes
 from.
 
-No torch here: a reader of results needs numpy and no more. Axes: d_sae (latents), context
-(examples of one latent, strongest first), window (tokens of one example), top (most promoted
-tokens), bin.
-"""
+No torch here: a reader of results needs numpy and no more. What there is to see of each latent is
+in a format of its own: `saekit.features`."""
 
 import dataclasses
 import json
@@ -16,7 +14,6 @@ from platform import python_version
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Float16, Int
 from numpy import ndarray
 from safetensors.numpy import load_file, save_file
 
@@ -125,61 +122,6 @@ class EvalResult:
         values["metrics"] = {key: Metric.from_dict(m) for key, m in values["metrics"].items()}
         values["exclude"] = tuple(values["exclude"])
         return cls(**values, arrays=_load_arrays(folder / f"{name}.safetensors"))
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class LatentExamples:
-    """For every latent: where it fires most, how often, how strongly, and which tokens it promotes.
-
-    Written as `results/latents.safetensors` and `.json`. Unused slots hold peak 0 and token -1.
-    """
-
-    peak: Float[ndarray, "d_sae context"]
-    """The strongest activation in each example; 0 marks an empty slot."""
-    peak_at: Int[ndarray, "d_sae context"]
-    """The column of that activation in the window."""
-    tokens: Int[ndarray, "d_sae context window"]
-    acts: Float16[ndarray, "d_sae context window"]
-    document: Int[ndarray, "d_sae context"]
-    """Index into `documents`."""
-    density: Float[ndarray, " d_sae"]
-    """Share of the rows on which the latent is active."""
-    histogram: Int[ndarray, "d_sae bin"]
-    """Counts of the active values, in equal bins from 0 to the latent's maximum."""
-    maximum: Float[ndarray, " d_sae"]
-    promoted: Int[ndarray, "d_sae top"]
-    """Tokens whose output logit the decoder direction raises most; -1 where the hook does not
-    write to the residual stream."""
-    promoted_logit: Float[ndarray, "d_sae top"]
-    suppressed: Int[ndarray, "d_sae top"]
-    suppressed_logit: Float[ndarray, "d_sae top"]
-    vocab: list[str]
-    """Every token as text, by id."""
-    documents: list[str]
-    n_rows: int
-    """Rows looked at."""
-    split: str
-    exclude: tuple[str, ...]
-    sae_fingerprint: str | None = None
-    """Of the weights these examples are of, so that a report never mixes them with another
-    SAE's."""
-
-    NAME = "latents"
-
-    def save(self, folder: Path) -> Path:
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        arrays = {key: value for key, value in values.items() if isinstance(value, ndarray)}
-        _save_arrays(folder / f"{self.NAME}.safetensors", arrays)
-        path = folder / f"{self.NAME}.json"
-        write_json(path, {key: value for key, value in values.items() if key not in arrays})
-        return path
-
-    @classmethod
-    def load(cls, folder: Path) -> "LatentExamples":
-        values = _read_json(folder / f"{cls.NAME}.json", "examples")
-        values["exclude"] = tuple(values["exclude"])
-        values |= _load_arrays(folder / f"{cls.NAME}.safetensors")
-        return cls(**values)
 
 
 @dataclass(frozen=True, kw_only=True)

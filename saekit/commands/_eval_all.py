@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 
 from saekit.commands._shared import Args, parse, print_table, toml
 from saekit.errors import ConfigError, SaekitError, first_line, nearest
-from saekit.results import CONTROLS, RESULTS, Control, EvalResult, LatentExamples, Provenance
+from saekit.features import FeatureStore
+from saekit.results import CONTROLS, RESULTS, Control, EvalResult, Provenance
 
 if TYPE_CHECKING:
     from saekit.activations_cache.store import ActivationCache
@@ -298,7 +299,7 @@ def _is_there(out: Path, name: str, sae: str, cache: str, config: Mapping[str, A
     try:
         found = EvalResult.load(out, name)
         # `examples` alone writes what it finds into files of its own.
-        of = LatentExamples.load(out).sae_fingerprint if name == "examples" else sae
+        of = FeatureStore.open(out).header.sae_fingerprint if name == "examples" else sae
     except (SaekitError, OSError, ValueError, TypeError, KeyError, SafetensorError):
         return False
     return (found.sae_fingerprint, of, found.cache_fingerprint) == (sae, sae, cache) and _deciding(

@@ -14,8 +14,8 @@ class DashboardArgs(Args):
     """Open the feature browser on a run, or on a folder of runs, in the web browser."""
 
     path: Positional[Path]
-    """Folder of a run, or one that holds runs. Nothing in it is changed, and no link leads out of
-    it."""
+    """Folder of a run, or one that holds runs. Nothing in it is changed without `--write`, and no
+    link leads out of it."""
     port: int = 8501
     """Port to serve on."""
     host: str = "127.0.0.1"
@@ -24,11 +24,17 @@ class DashboardArgs(Args):
     password."""
     headless: bool = False
     """Serve, without opening a web browser."""
+    write: bool = False
+    """Let the browser write into the run: make its feature store (`results/features`), and keep
+    your stars and notes (`notes.json`). Without, it changes nothing."""
 
 
 def run(argv: list[str]) -> None:
     args = parse(DashboardArgs, argv, "dashboard")
     from saekit.dashboard.server import serve
 
-    if code := serve(args.path, port=args.port, host=args.host, headless=args.headless):
+    code = serve(
+        args.path, port=args.port, host=args.host, headless=args.headless, write=args.write
+    )
+    if code:
         raise SaekitError(f"the feature browser's server ended with exit code {code}")

@@ -3,48 +3,139 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from streamlit.testing.v1 import AppTest
 
 from saekit.dashboard.server import APP
-from saekit.results import EvalResult, LatentExamples, Metric, Provenance
+from saekit.features import CONTEXTS, HEADER, LATENTS, LISTS, NAME, SCALARS, Header, file_name
+from saekit.results import EvalResult, Metric, Provenance
 
 SCRIPT = "<script>alert(1)</script>"
 VOCAB = ["the", " cat", "\n", "\t", " ", SCRIPT, "</script>", "| a | *b* |", "\u202eevil", "("]
 FINGERPRINT = "f" * 64
+LOGITS = {"promoted_logit": [1.5, 0.5], "suppressed_logit": [-1.5, -0.5]}
+
+
+def _write_store(
+    results: Path,
+    latents: list[dict[str, Any]],
+    contexts: list[dict[str, Any]],
+    vocab: list[str],
+    documents: list[str],
+    *,
+    window: int = 5,
+    n_contexts: int = 2,
+    **header: Any,
+) -> None:
+    """A feature store by hand. Numbers that are left out are 0, lists empty; each context has
+    `latent` and `tokens`."""
+    folder = results / NAME
+    folder.mkdir(parents=True)
+    d_sae = len(latents)
+    rows: list[dict[str, Any]] = [
+        {"latent": at} | {name: 0 for name in SCALARS} | {name: [] for name in LISTS} | given
+        for at, given in enumerate(latents)
+    ]
+    texts: list[dict[str, Any]] = [
+        {"kind": "top", "group": 0, "rank": 0, "row": 0, "at": 0, "act": 0.0, "unexplained": 0.0}
+        | {"document": 0, "acts": [0.0] * len(given["tokens"])}
+        | given
+        for given in contexts
+    ]
+    flat = np.full((d_sae, n_contexts, window + 1), len(vocab), dtype=np.uint16)
+    for text in texts:
+        if text["kind"] == "top":
+            flat[text["latent"], text["rank"], : len(text["tokens"])] = text["tokens"]
+    tables = {
+        "latents": pa.Table.from_pylist(rows, schema=LATENTS),
+        "contexts": pa.Table.from_pylist(texts, schema=CONTEXTS),
+        "tokens": pa.table({"token": flat.ravel()}),
+    }
+    for part, table in tables.items():
+        pq.write_table(table, folder / file_name(part, 0))
+    for name, lines in {"vocab": vocab, "documents": documents}.items():
+        pq.write_table(pa.table({"text": lines}), folder / f"{name}.parquet")
+    fields: dict[str, Any] = {
+        "d_sae": d_sae,
+        "hook": "resid_post.0",
+        "model": "tiny",
+        "n_rows": 100,
+        "split": "test",
+        "exclude": ("special",),
+        "sae_fingerprint": "f" * 64,
+        "cache_fingerprint": "c" * 64,
+        "config": {},
+        "n_contexts": n_contexts,
+        "window": window,
+        "quantiles": 2,
+        "latents_per_file": 4096,
+        "latents_per_group": 128,
+    }
+    (folder / HEADER).write_text(json.dumps(Header(**fields | header).to_dict()))
 
 
 @pytest.fixture
 def hostile_run(tmp_path: Path) -> Path:
     """Three latents: one fires on a script, one on a bracket between letters, one never."""
     run = tmp_path / "a run"
-    windows = [[0, 1, 5, 2, 7], [0, 9, 0, 8, -1]]
-    shape = (3, 2, 5)
-    tokens, acts = np.full(shape, -1), np.zeros(shape, np.float16)
-    tokens[0, 0], tokens[0, 1], tokens[1, 0] = windows[0], windows[1], windows[1]
-    acts[0, 0, 2], acts[0, 1, 3], acts[1, 0, 1], acts[1, 0, 0] = 4, 2, 1, 0.5
-    LatentExamples(
-        peak=np.array([[4, 2], [1, 0], [0, 0]], np.float32),
-        peak_at=np.array([[2, 3], [1, 0], [0, 0]]),
-        tokens=tokens,
-        acts=acts,
-        document=np.zeros((3, 2), np.int64),
-        density=np.array([0.01, 0.2, 0], np.float32),
-        histogram=np.array([[3, 1], [20, 0], [0, 0]]),
-        maximum=np.array([4, 1, 0], np.float32),
-        promoted=np.array([[5, 6], [1, 3], [-1, -1]]),
-        promoted_logit=np.array([[1.5, 0.5]] * 3, np.float32),
-        suppressed=np.array([[4, 7], [2, 8], [-1, -1]]),
-        suppressed_logit=np.array([[-1.5, -0.5]] * 3, np.float32),
+    first, second = [0, 1, 5, 2, 7], [0, 9, 0, 8]
+    _write_store(
+        run / "results",
+        latents=[
+            {
+                "active": 1,
+                "density": 0.01,
+                "maximum": 4,
+                "kurtosis": 9.0,
+                "x": 1,
+                "histogram": [3, 1],
+                "edges": [2, 3, 4],
+                "input_token": [5, 8],
+                "input_share": [0.75, 0.25],
+                "input_count": [3, 1],
+                "promoted": [5, 6],
+                "suppressed": [4, 7],
+                "near": [1, 2],
+                "near_cosine": [0.5, 0.25],
+                "coactive": [1],
+                "coactive_jaccard": [0.125],
+                **LOGITS,
+            },
+            {
+                "active": 20,
+                "density": 0.2,
+                "maximum": 1,
+                "kurtosis": 30.0,
+                "histogram": [20, 0],
+                "edges": [0.5, 0.5, 1],
+                "input_token": [9],
+                "input_share": [1.0],
+                "input_count": [20],
+                "promoted": [1, 3],
+                "suppressed": [2, 8],
+                "near": [0, 2],
+                "near_cosine": [0.5, 0.125],
+                **LOGITS,
+            },
+            {"kurtosis": float("nan")},
+        ],
+        contexts=[
+            {"latent": 0, "at": 2, "act": 4, "tokens": first, "acts": [0, 0, 4, 0, 0]},
+            {"latent": 0, "at": 3, "act": 2, "rank": 1, "tokens": second, "acts": [0, 0, 0, 2]},
+            {"latent": 0, "at": 2, "act": 4, "tokens": first, "acts": [0, 0, 4, 0, 0]}
+            | {"kind": "sample", "group": 1},
+            {"latent": 0, "at": 1, "tokens": second, "kind": "silent", "acts": [0, 0, 0, 0]},
+            {"latent": 1, "at": 1, "act": 1, "tokens": second, "acts": [0.5, 1, 0, 0]},
+        ],
         vocab=VOCAB,
         documents=["<img src=x onerror=alert(1)>"],
-        n_rows=100,
-        split="test",
-        exclude=("special",),
         sae_fingerprint=FINGERPRINT,
-    ).save(run / "results")
+    )
     EvalResult(
         eval="core",
         metrics={

@@ -25,7 +25,7 @@ def messages(app: AppTest) -> str:
 
 
 def latents(app: AppTest) -> list[int]:
-    (table,) = app.dataframe
+    table = app.dataframe[0]
     return [int(latent) for latent in table.value["latent"]]
 
 
@@ -108,7 +108,8 @@ def test_a_run_still_training_shows_its_curves_and_reads_new_lines(
     app.run()
     assert app.get("plotly_chart")[0].proto.spec != before
     app.segmented_control(key="screen").set_value("features").run()
-    assert "saekit eval examples" in app.info[0].value
+    assert "no feature store" in app.info[0].value
+    assert "Training has to end first." in [caption.value for caption in app.caption]
     assert not app.exception
 
 

@@ -1,0 +1,256 @@
+"""One latent: where it fires, how strongly, what it promotes, which others are like it, and what
+the user noted of it.
+
+The chosen latent lives in the session under "latent" and in the address as `?latent=`.
+"""
+
+from typing import Any, Literal
+
+import streamlit as st
+from numpy import ndarray
+
+from saekit.dashboard import _notes, _render, features, figures, figures_features
+from saekit.dashboard._notes import Note
+from saekit.dashboard.data import Run
+from saekit.dashboard.report import context_note
+from saekit.errors import SaekitError
+from saekit.features import FeatureStore, Latent
+
+VIEWS = ["strongest", "by quantile", "silent"]
+
+
+def panel(run: Run, store: FeatureStore, index: int, found: ndarray, *, writable: bool) -> None:
+    """Everything about a latent; the buttons beside its number step through those found."""
+    latent = store.latent(index)
+    notes, labels = _told(run)
+    note = notes.get(index, Note())
+    _header(run, store, latent, found, note, writable=writable)
+    if index in labels:
+        st.markdown(f"**{_render.escape_markdown(labels[index])}**")
+    if latent.dead:
+        st.info(f"Latent {index} is dead: it fired on none of {store.header.n_rows:,} tokens.")
+    else:
+        st.caption(_summary(store, latent))
+        _contexts(store, latent)
+        _tokens_and_histogram(store, latent)
+    st.markdown("##### Direct effect on the output")
+    _logits(store, latent)
+    if not latent.dead:
+        _neighbours(store, latent)
+        _heads(run, latent)
+    _note(run, index, note, writable=writable)
+
+
+def _told(run: Run) -> tuple[dict[int, Note], dict[int, str]]:
+    try:
+        return _notes.read(run.path), _notes.labels(run.path)
+    except SaekitError as error:
+        st.warning(_render.escape_markdown(error))
+        return {}, {}
+
+
+def _header(
+    run: Run, store: FeatureStore, latent: Latent, found: ndarray, note: Note, *, writable: bool
+) -> None:
+    title, star, back, number, on = st.columns([5, 1, 1, 2, 1], vertical_alignment="bottom")
+    title.markdown(f"## Latent {latent.index}")
+    star.button(
+        "",
+        icon=":material/star:" if note.star else ":material/star_outline:",
+        key="star",
+        help="Take the star away" if note.star else "Give it a star" + _only_with_write(writable),
+        on_click=_keep,
+        args=(run, latent.index),
+        kwargs={"star": not note.star},
+        disabled=not writable,
+        width="stretch",
+    )
+    back.button(
+        "",
+        icon=":material/chevron_left:",
+        key="previous",
+        help="Previous of those listed (key: ←)",
+        on_click=_step,
+        args=(found, -1),
+        shortcut="Left",
+        width="stretch",
+    )
+    number.number_input(
+        "Latent", 0, store.d_sae - 1, step=1, key="latent", label_visibility="collapsed"
+    )
+    on.button(
+        "",
+        icon=":material/chevron_right:",
+        key="next",
+        help="Next of those listed (key: →)",
+        on_click=_step,
+        args=(found, 1),
+        shortcut="Right",
+        width="stretch",
+    )
+
+
+def _step(found: ndarray, by: int) -> None:
+    """Go to the neighbour in the list; from a latent outside it, to its first."""
+    at = (found == st.session_state["latent"]).nonzero()[0]
+    if len(found):
+        st.session_state["latent"] = int(
+            found[(int(at[0]) + by) % len(found)] if len(at) else found[0]
+        )
+
+
+def go_to(latent: int) -> None:
+    """For a callback: show another latent."""
+    st.session_state["latent"] = latent
+
+
+def _summary(store: FeatureStore, latent: Latent) -> str:
+    numbers, density = latent.numbers, store.column("density")
+    rank, alive = (density > numbers["density"]).sum() + 1, (density > 0).sum()
+    return (
+        f"Fires on {_render.percent(numbers['density'])} of tokens (number {rank:,} of {alive:,} "
+        f"by density), with {_render.number(numbers['mean_active'])} on the mean and at most "
+        f"{_render.number(numbers['maximum'])}. Kurtosis {_render.number(numbers['kurtosis'])}. Of "
+        f"what varies on these tokens the SAE leaves {_render.percent(numbers['unexplained'])} in "
+        "the dark."
+    )
+
+
+def _contexts(store: FeatureStore, latent: Latent) -> None:
+    view = st.segmented_control(
+        "Contexts", VIEWS, default=VIEWS[0], key="view", label_visibility="collapsed", required=True
+    )
+    group, note = None, context_note(store)
+    kind: Literal["top", "sample", "silent"] = "top"
+    if view == "by quantile":
+        kind, note = "sample", _SAMPLED
+        edges = latent.lists["edges"].tolist()
+        group = st.segmented_control(
+            "Quantile",
+            list(range(len(edges) - 1))[::-1],
+            default=len(edges) - 2,
+            format_func=lambda at: (
+                f"{_render.number(edges[at])} to {_render.number(edges[at + 1])}"
+            ),
+            key="quantile",
+            label_visibility="collapsed",
+            required=True,
+        )
+    elif view == "silent":
+        kind, note = "silent", _SILENT
+    shown = features.contexts(store, latent, kind, group)
+    if not shown:
+        st.caption("There are no such contexts.")
+        return
+    with st.container(border=True, height=430 if len(shown) > 6 else "content"):
+        st.html(_render.contexts_html(shown, latent.numbers["maximum"]))
+    st.caption(note)
+
+
+_SAMPLED = (
+    "Drawn at random from all activations between these values; each range holds as many of them "
+    "as the next. The underlined token is the one that was drawn."
+)
+_SILENT = (
+    "Here the latents nearest to this one fire most, and this one does not: what tells it from "
+    "them."
+)
+
+
+def _tokens_and_histogram(store: FeatureStore, latent: Latent) -> None:
+    left, right = st.columns(2)
+    with left:
+        st.markdown("##### Fires on")
+        st.html(_render.bars_html(features.input_tokens(store, latent)))
+    with right:
+        st.markdown("##### How strongly")
+        maximum = latent.numbers["maximum"]
+        chart(figures.activation_histogram(latent.lists["histogram"], maximum), "histogram")
+
+
+def _logits(store: FeatureStore, latent: Latent) -> None:
+    up, down = features.promoted(store, latent), features.suppressed(store, latent)
+    chart(figures.token_bars(up, down), "logits")
+
+
+def _neighbours(store: FeatureStore, latent: Latent) -> None:
+    st.markdown("##### Others like it")
+    columns = st.columns(2)
+    for column, by, what in (
+        (columns[0], "near", "cosine"),
+        (columns[1], "coactive", "overlap"),
+    ):
+        near = features.neighbours(store, latent, "near" if by == "near" else "coactive")
+        with column:
+            st.caption(_LIKE[by])
+            st.dataframe(
+                {
+                    "latent": [other.latent for other in near],
+                    what: [other.near for other in near],
+                    "density": [100 * other.density for other in near],
+                    "fires on": [other.fires_on for other in near],
+                },
+                hide_index=True,
+                key=f"{by}-{latent.index}",
+                on_select=_pick,
+                selection_mode=["single-row", "single-cell"],
+                column_config={
+                    "latent": st.column_config.NumberColumn(format="%d", width=60),
+                    what: st.column_config.NumberColumn(format="%.3f", width=65),
+                    "density": st.column_config.NumberColumn(format="%.3g%%", width=75),
+                },
+                height=35 * (len(near) + 1) + 3,
+            )
+            st.session_state[f"_{by}"] = [other.latent for other in near]
+
+
+_LIKE = {
+    "near": "By direction: cosine of decoder rows",
+    "coactive": "By where they fire: tokens where both do, over those where either does",
+}
+
+
+def _pick() -> None:
+    for by in ("near", "coactive"):
+        key = f"{by}-{st.session_state['latent']}"
+        selection = st.session_state.get(key, {}).get("selection", {})
+        rows = [row for row, _ in selection.get("cells", [])] or selection.get("rows", [])
+        if rows:
+            go_to(st.session_state[f"_{by}"][rows[0]])
+            return
+
+
+def _heads(run: Run, latent: Latent) -> None:
+    """Which heads it reads, for an SAE of attention outputs."""
+    heads = features.head_shares(run)
+    if heads is not None and latent.index < len(heads):
+        st.markdown("##### Heads it reads, by weights")
+        chart(figures_features.head_bars(heads[latent.index]), "heads")
+
+
+def _note(run: Run, index: int, note: Note, *, writable: bool) -> None:
+    key = f"note-{index}"
+    st.text_area(
+        "Note",
+        value=note.text,
+        key=key,
+        max_chars=_notes.LONGEST,
+        disabled=not writable,
+        placeholder="What is it?" + _only_with_write(writable),
+        on_change=lambda: _keep(run, index, text=st.session_state[key]),
+    )
+
+
+def _keep(run: Run, index: int, **changes: Any) -> None:
+    try:
+        _notes.keep(run.path, index, **changes)
+    except (SaekitError, OSError) as error:
+        st.toast(_render.escape_markdown(error))
+
+
+def _only_with_write(writable: bool) -> str:
+    return "" if writable else " (start with `saekit dashboard --write` to keep it)"
+
+
+def chart(figure: Any, key: str) -> None:
+    st.plotly_chart(figure, theme=None, config=figures.CONFIG, key=key)

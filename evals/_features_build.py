@@ -1,0 +1,143 @@
+"""The making of a feature store: in steps, each of which leaves a file that appears whole.
+
+What is being made lies in `results/.features.building` until all of it is there. The same command
+goes on behind the last file, after a kill at any moment, and ends in the same store; another plan
+(SAE, cache or config) starts afresh.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from numpy import ndarray
+from safetensors.numpy import load_file, save_file
+
+from saekit.errors import SaekitError
+from saekit.features import BUILDING, HEADER, NAME, PROGRESS, Header
+from saekit.files import remove_partial, write_atomic, write_json
+from saekit.progress import Bar, bar
+
+log = logging.getLogger(__name__)
+
+_STORE, _PLAN, _OLD, _LOCK = "store", "plan.json", ".features.old", ".features.lock"
+
+
+class Workshop:
+    """The folder in which a store is made. One process at a time."""
+
+    def __init__(self, results: Path, plan: dict[str, Any], *, progress: bool) -> None:
+        self.results, self.plan, self.progress = results, plan, progress
+        self.folder = results / BUILDING
+        self.store = self.folder / _STORE
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Hold the folder, and clear away what another plan left. Raises SaekitError where another
+        process holds it."""
+        self.results.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.results / _LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise SaekitError(
+                f"another process is making the feature store in {self.results}: wait for it, or "
+                "stop it"
+            ) from error
+        try:
+            self._settle()
+            yield
+        finally:
+            lock.release()
+
+    def finished(self) -> bool:
+        """Whether the store of this plan is there already."""
+        path = self.results / NAME / HEADER
+        try:
+            return bool(json.loads(path.read_text(encoding="utf-8"))["plan"] == self.plan)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def finish(self, header: Header) -> None:
+        """Put the store in the place of the one before."""
+        write_json(self.store / HEADER, {**header.to_dict(), "plan": self.plan})
+        self._move()
+
+    def arrays(self, name: str, make: Callable[[], dict[str, ndarray]]) -> dict[str, ndarray]:
+        """Those of a step, made unless they are there."""
+        path = self.folder / f"{name}.safetensors"
+        if not path.exists():
+            self.say(name, 0, 1)
+            made = {key: np.ascontiguousarray(value) for key, value in make().items()}
+            write_atomic(path, lambda temporary: save_file(made, temporary))
+        return load_file(path)
+
+    @contextmanager
+    def bar(self, phase: str, total: int, done: int) -> Iterator["Told"]:
+        """A progress bar that is also told of in a file, for the browser to read."""
+        with bar(f"features: {phase}", total, done=done, shown=self.progress) as shown:
+            yield Told(self, phase, total, done, shown)
+
+    def say(self, phase: str, done: int, total: int) -> None:
+        write_json(self.folder / PROGRESS, {"phase": phase, "done": done, "total": total})
+
+    def _settle(self) -> None:
+        if (self.store / HEADER).is_file():
+            # Stopped between the last file and the move.
+            self._move()
+        shutil.rmtree(self.results / _OLD, ignore_errors=True)
+        if self.finished():
+            self._remove()
+            return
+        if self.folder.exists() and _read(self.folder / _PLAN) != self.plan:
+            log.info("%s is of another SAE, cache or config: starting afresh", self.folder)
+            self._remove()
+        if not self.folder.exists():
+            self.folder.mkdir()
+            write_json(self.folder / _PLAN, self.plan)
+        self.store.mkdir(exist_ok=True)
+        remove_partial(self.folder)
+        remove_partial(self.store)
+
+    def _remove(self) -> None:
+        """The plan first: what is left without one is not gone on with."""
+        (self.folder / _PLAN).unlink(missing_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _move(self) -> None:
+        target, old = self.results / NAME, self.results / _OLD
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            target.rename(old)
+        self.store.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+        self._remove()
+
+
+class Told:
+    """A running bar."""
+
+    def __init__(self, shop: Workshop, phase: str, total: int, done: int, shown: Bar) -> None:
+        self._shop, self._phase, self._total, self._done = shop, phase, total, done
+        self._shown = shown
+        shop.say(phase, done, total)
+
+    def advance(self, amount: int) -> None:
+        self._shown.advance(amount)
+
+    def reached(self, done: int) -> None:
+        """What is on disk."""
+        self._done = done
+        self._shop.say(self._phase, done, self._total)
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
