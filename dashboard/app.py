@@ -17,6 +17,7 @@ from saekit.dashboard import (
     _render,
     screen_address,
     screen_evals,
+    screen_feature,
     screen_features,
     screen_parts,
     screen_runs,
@@ -39,7 +40,12 @@ class Screen:
 # By their names in the address. A comment, as streamlit would show a string on the page.
 SCREENS = {
     "runs": Screen("Runs", screen_runs.show, screen_runs.FIELDS),
-    "features": Screen("Features", lambda _, run: screen_features.show(run), keeps_fields=False),
+    "features": Screen(
+        "Features", lambda _, run: screen_features.show(run), screen_features.FIELDS
+    ),
+    "feature": Screen(
+        "Feature", lambda _, run: screen_features.show_one(run), screen_feature.FIELDS
+    ),
     "evals": Screen("Evals", screen_evals.show, screen_evals.FIELDS),
 }
 

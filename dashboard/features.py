@@ -140,14 +140,18 @@ def sample_latents(store: FeatureStore, n: int, seed: int) -> list[int]:
     return [int(rng.choice(group)) for group in groups]
 
 
+def fires_on(store: FeatureStore, latent: int) -> str:
+    """The tokens with the most of a latent's activation, in a line."""
+    return _listed(store, "input_token", latent)
+
+
 def table(store: FeatureStore, latents: Int[ndarray, " found"]) -> dict[str, Shaped[ndarray, " _"]]:
     """A row for each of the latents: its numbers, the tokens it fires on, those it promotes."""
     columns: dict[str, ndarray] = {"latent": latents}
     for name in ("density", "maximum", "mean_active", "kurtosis", "nearest_cosine", "unexplained"):
         columns[name] = store.column(name)[latents]
     for title, name in (("fires on", "input_token"), ("promotes", "promoted")):
-        begin, tokens = store.lists(name)
-        rows = [_few(store, tokens[begin[at] : begin[at + 1]]) for at in latents.tolist()]
+        rows = [_listed(store, name, at) for at in latents.tolist()]
         columns[title] = np.array(rows, dtype=object)
     return columns
 
@@ -223,14 +227,8 @@ def neighbours(
     alike = latent.lists["near_cosine" if by == "near" else "coactive_jaccard"].tolist()
     others = latent.lists[by].tolist()
     density = store.column("density")
-    begin, tokens = store.lists("input_token")
     return [
-        Neighbour(
-            other,
-            value,
-            float(density[other]),
-            _few(store, tokens[begin[other] : begin[other + 1]]),
-        )
+        Neighbour(other, value, float(density[other]), fires_on(store, other))
         for other, value in zip(others, alike, strict=True)
     ]
 
@@ -254,8 +252,11 @@ def _within(values: ndarray, bounds: tuple[float, float]) -> Bool[ndarray, " d_s
     return (values >= bounds[0]) & (values <= bounds[1])
 
 
-def _few(store: FeatureStore, tokens: Int[ndarray, " some"], limit: int = 5) -> str:
-    return "  ".join(name_token(store.vocab[token]) for token in tokens[:limit].tolist())
+def _listed(store: FeatureStore, name: str, latent: int, limit: int = 5) -> str:
+    begin, entries = store.lists(name)
+    tokens = entries[begin[latent] : begin[latent + 1]]
+    names = [name_token(store.vocab[token]) for token in tokens[:limit].tolist()]
+    return "  ".join(name if len(name) <= 16 else f"{name[:15]}…" for name in names)
 
 
 def _token_logits(store: FeatureStore, latent: Latent, name: str) -> list[TokenLogit]:

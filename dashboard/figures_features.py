@@ -26,7 +26,9 @@ def feature_map(
         marker: dict[str, object] = {"size": 5, "color": PALE, "opacity": 0.5}
         if colour is not None:
             fires = np.log10(np.maximum(colour[latents], 1e-9))
-            marker = {"size": 6, "color": fires, "colorscale": [[0, "#c9d4df"], [1, WARM]]}
+            low, high = np.quantile(fires, [0.05, 0.95]) if len(fires) else (-1, 0)
+            scale = [[0, "#9fb3c8"], [1, WARM]]
+            marker = {"size": 6, "color": fires, "colorscale": scale, "cmin": low, "cmax": high}
         figure.add_trace(
             go.Scattergl(
                 x=place[latents, 0].astype(np.float32),
@@ -39,7 +41,7 @@ def feature_map(
             )
         )
     x, y = (float(value) for value in place[chosen])
-    ring = {"size": 15, "color": "rgba(0,0,0,0)", "line": {"color": INK, "width": 2}}
+    ring = {"size": 17, "color": "rgba(0,0,0,0)", "line": {"color": INK, "width": 3}}
     figure.add_scatter(x=[x], y=[y], mode="markers", marker=ring, hoverinfo="skip")
     _finish(figure, height=560)
     figure.update_xaxes(visible=False, fixedrange=False)

@@ -9,14 +9,21 @@ from typing import Any, Literal
 import streamlit as st
 from numpy import ndarray
 
-from saekit.dashboard import _notes, _render, features, figures, figures_features
+from saekit.dashboard import _notes, _render, features, figures, figures_features, screen_parts
 from saekit.dashboard._notes import Note
 from saekit.dashboard.data import Run
 from saekit.dashboard.report import context_note
+from saekit.dashboard.screen_address import Field, one_of, whole
 from saekit.errors import SaekitError
 from saekit.features import FeatureStore, Latent
 
 VIEWS = ["strongest", "by quantile", "silent"]
+
+FIELDS = (
+    Field("latent", None, whole),
+    Field("view", VIEWS[0], one_of(*VIEWS)),
+    Field("quantile", None, whole),
+)
 
 
 def panel(run: Run, store: FeatureStore, index: int, found: ndarray, *, writable: bool) -> None:
@@ -26,7 +33,7 @@ def panel(run: Run, store: FeatureStore, index: int, found: ndarray, *, writable
     note = notes.get(index, Note())
     _header(run, store, latent, found, note, writable=writable)
     if index in labels:
-        st.markdown(f"**{_render.escape_markdown(labels[index])}**")
+        screen_parts.say(labels[index])
     if latent.dead:
         st.info(f"Latent {index} is dead: it fired on none of {store.header.n_rows:,} tokens.")
     else:
@@ -45,16 +52,16 @@ def _told(run: Run) -> tuple[dict[int, Note], dict[int, str]]:
     try:
         return _notes.read(run.path), _notes.labels(run.path)
     except SaekitError as error:
-        st.warning(_render.escape_markdown(error))
+        screen_parts.say(error, "warning")
         return {}, {}
 
 
 def _header(
     run: Run, store: FeatureStore, latent: Latent, found: ndarray, note: Note, *, writable: bool
 ) -> None:
-    title, star, back, number, on = st.columns([5, 1, 1, 2, 1], vertical_alignment="bottom")
-    title.markdown(f"## Latent {latent.index}")
-    star.button(
+    row = st.container(horizontal=True, vertical_alignment="bottom")
+    row.markdown(f"### Latent {latent.index}", width="stretch")
+    row.button(
         "",
         icon=":material/star:" if note.star else ":material/star_outline:",
         key="star",
@@ -63,9 +70,8 @@ def _header(
         args=(run, latent.index),
         kwargs={"star": not note.star},
         disabled=not writable,
-        width="stretch",
     )
-    back.button(
+    row.button(
         "",
         icon=":material/chevron_left:",
         key="previous",
@@ -73,12 +79,17 @@ def _header(
         on_click=_step,
         args=(found, -1),
         shortcut="Left",
-        width="stretch",
     )
-    number.number_input(
-        "Latent", 0, store.d_sae - 1, step=1, key="latent", label_visibility="collapsed"
+    row.number_input(
+        "Latent",
+        0,
+        store.d_sae - 1,
+        step=1,
+        key="latent",
+        label_visibility="collapsed",
+        width=100,
     )
-    on.button(
+    row.button(
         "",
         icon=":material/chevron_right:",
         key="next",
@@ -86,7 +97,6 @@ def _header(
         on_click=_step,
         args=(found, 1),
         shortcut="Right",
-        width="stretch",
     )
 
 
@@ -118,17 +128,18 @@ def _summary(store: FeatureStore, latent: Latent) -> str:
 
 def _contexts(store: FeatureStore, latent: Latent) -> None:
     view = st.segmented_control(
-        "Contexts", VIEWS, default=VIEWS[0], key="view", label_visibility="collapsed", required=True
+        "Contexts", VIEWS, key="view", label_visibility="collapsed", required=True
     )
     group, note = None, context_note(store)
     kind: Literal["top", "sample", "silent"] = "top"
     if view == "by quantile":
         kind, note = "sample", _SAMPLED
         edges = latent.lists["edges"].tolist()
+        last = max(0, len(edges) - 2)
+        st.session_state["quantile"] = min(last, st.session_state["quantile"] or last)
         group = st.segmented_control(
             "Quantile",
             list(range(len(edges) - 1))[::-1],
-            default=len(edges) - 2,
             format_func=lambda at: (
                 f"{_render.number(edges[at])} to {_render.number(edges[at + 1])}"
             ),
@@ -165,12 +176,14 @@ def _tokens_and_histogram(store: FeatureStore, latent: Latent) -> None:
     with right:
         st.markdown("##### How strongly")
         maximum = latent.numbers["maximum"]
-        chart(figures.activation_histogram(latent.lists["histogram"], maximum), "histogram")
+        screen_parts.chart(
+            figures.activation_histogram(latent.lists["histogram"], maximum), "histogram"
+        )
 
 
 def _logits(store: FeatureStore, latent: Latent) -> None:
     up, down = features.promoted(store, latent), features.suppressed(store, latent)
-    chart(figures.token_bars(up, down), "logits")
+    screen_parts.chart(figures.token_bars(up, down), "logits")
 
 
 def _neighbours(store: FeatureStore, latent: Latent) -> None:
@@ -225,7 +238,7 @@ def _heads(run: Run, latent: Latent) -> None:
     heads = features.head_shares(run)
     if heads is not None and latent.index < len(heads):
         st.markdown("##### Heads it reads, by weights")
-        chart(figures_features.head_bars(heads[latent.index]), "heads")
+        screen_parts.chart(figures_features.head_bars(heads[latent.index]), "heads")
 
 
 def _note(run: Run, index: int, note: Note, *, writable: bool) -> None:
@@ -250,7 +263,3 @@ def _keep(run: Run, index: int, **changes: Any) -> None:
 
 def _only_with_write(writable: bool) -> str:
     return "" if writable else " (start with `saekit dashboard --write` to keep it)"
-
-
-def chart(figure: Any, key: str) -> None:
-    st.plotly_chart(figure, theme=None, config=figures.CONFIG, key=key)

@@ -20,6 +20,7 @@ from saekit.dashboard import (
 from saekit.dashboard._notes import Note
 from saekit.dashboard.data import Run
 from saekit.dashboard.features import Query, Show, SortBy, Where
+from saekit.dashboard.screen_address import Field, one_of, whole
 from saekit.errors import SaekitError
 from saekit.features import FeatureStore
 
@@ -45,38 +46,80 @@ PLACES: list[Where] = ["contexts", "fires on", "promotes", "label or note"]
 SHOWN: list[Show] = ["alive", "dense", "dead", "all", "starred"]
 
 
+def _powers_from(text: str) -> tuple[float, float]:
+    low, high = (float(part) for part in text.split("_"))
+    return low, high
+
+
+def _powers_to(ends: tuple[float, float]) -> str:
+    return f"{ends[0]:g}_{ends[1]:g}"
+
+
+FIELDS = (
+    *screen_feature.FIELDS,
+    Field("query", ""),
+    Field("where", PLACES[0], one_of(*PLACES)),
+    Field("sort", next(iter(SORTS)), one_of(*SORTS)),
+    Field("show", SHOWN[0], one_of(*SHOWN)),
+    Field("bounds", None, _powers_from, _powers_to),
+    Field("tails", None, _powers_from, _powers_to),
+    Field("like", None, whole),
+    Field("as", "table", one_of("table", "map")),
+)
+
+
 def show(run: Run) -> None:
-    try:
-        store = run.features
-    except SaekitError as error:
-        st.markdown("## Features")
-        st.error(_render.escape_markdown(error))
-        _offer(run)
-        return
+    """The list, and beside it the latent chosen."""
+    store = _store(run)
     if store is None:
-        st.markdown("## Features")
-        st.info("There is no feature store of this run yet.")
-        _offer(run)
         return
-    left, right = st.columns([5, 6], gap="medium")
+    left, right = st.columns([1, 1], gap="medium")
     with left:
         notes, texts = _told(run)
         found = _filters(store, notes, texts)
         if not len(found):
-            st.info("No latent passes these filters; widen the search, or show all.")
+            screen_parts.say("No latent passes these filters; widen the search, or show all.")
             return
         latent = _chosen(store, found)
-        if (
-            st.segmented_control(
-                "View", ["table", "map"], default="table", key="as", label_visibility="collapsed"
-            )
-            == "map"
-        ):
+        view = st.segmented_control(
+            "View",
+            ["table", "map"],
+            key="as",
+            label_visibility="collapsed",
+            required=True,
+        )
+        if view == "map":
             _map(store, found, latent)
         else:
             _table(store, found, latent, notes, texts)
     with right:
         screen_feature.panel(run, store, latent, found, writable=writable())
+
+
+def show_one(run: Run) -> None:
+    """One latent, on all of the page; the arrow keys step through those listed last."""
+    store = _store(run)
+    if store is not None:
+        listed = st.session_state.get("listed")
+        found = features.select(store) if listed is None or not len(listed) else listed
+        latent = _chosen(store, found if len(found) else np.arange(store.d_sae))
+        screen_feature.panel(run, store, latent, found, writable=writable())
+
+
+def _store(run: Run) -> FeatureStore | None:
+    """The run's store; where it cannot be read or is not there, that and what to do is said."""
+    try:
+        store = run.features
+    except SaekitError as error:
+        st.markdown("## Features")
+        screen_parts.say(error, "error")
+        _offer(run)
+        return None
+    if store is None:
+        st.markdown("## Features")
+        screen_parts.say("There is no feature store of this run yet.")
+        _offer(run)
+    return store
 
 
 def writable() -> bool:
@@ -100,10 +143,9 @@ def _offer(run: Run) -> None:
     if run.training:
         st.caption("Training has to end first.")
         return
-    st.markdown(
+    screen_parts.say(
         "It takes one pass over the activations that the SAE was trained on, and writes to "
-        f"`{_plain(_building.writes(run.path))}` alone. Stopped at any moment, it goes on where it "
-        "was."
+        f"{_building.writes(run.path)} alone. Stopped at any moment, it goes on where it was."
     )
     st.button(
         "Make the feature store",
@@ -118,7 +160,7 @@ def _offer(run: Run) -> None:
     st.caption("The same by command:")
     st.code(_building.command(run.path), language="bash", wrap_lines=True)
     if failed := _building.failure(run.path):
-        st.error(_render.escape_markdown(failed))
+        screen_parts.say(failed, "error")
     if _building.running(run.path) or _building.reached(run.path):
         _progress(run)
 
@@ -184,10 +226,15 @@ def _powers(label: str, values: ndarray, key: str, share: bool) -> tuple[float, 
     some = values[np.isfinite(values) & (values > 0)]
     low = int(np.floor(np.log10(some.min()))) if len(some) else -1
     high = 0 if share else max(low + 1, int(np.ceil(np.log10(some.max()))) if len(some) else 1)
+    steps = [step / 2 for step in range(2 * low, 2 * high + 1)]
+    # An address may have been made of another run.
+    asked = st.session_state[key] or (steps[0], steps[-1])
+    ends = sorted(min(steps, key=lambda step: abs(step - end)) for end in asked)
+    screen_address.default(key, (steps[0], steps[-1]))
+    st.session_state[key] = tuple(ends)
     chosen = st.select_slider(
         label,
-        [step / 2 for step in range(2 * low, 2 * high + 1)],
-        (float(low), float(high)),
+        steps,
         format_func=lambda power: _render.percent(10**power) if share else f"{10**power:.3g}",
         key=key,
     )
@@ -201,21 +248,18 @@ def _chosen(store: FeatureStore, found: ndarray) -> int:
     One that new filters leave out makes way for the first that they let in.
     """
     state = st.session_state
-    if "latent" not in state:
-        asked = st.query_params.get("latent")
+    asked, before = state["latent"], state.get("listed")
+    if asked is not None and asked >= store.d_sae:
+        screen_parts.say(
+            f"The address asks for latent {asked}; this SAE has 0 to {store.d_sae - 1}. Shown "
+            f"instead: {found[0]}.",
+            "warning",
+        )
         state["latent"] = int(found[0])
-        if asked is not None:
-            if asked.isascii() and asked.isdigit() and int(asked) < store.d_sae:
-                state["latent"] = int(asked)
-            else:
-                st.warning(
-                    f"The address asks for latent {_render.escape_markdown(asked)}; this SAE has "
-                    f"0 to {store.d_sae - 1}. Shown instead: {state['latent']}."
-                )
-    elif not np.array_equal(found, state["listed"]) and state["latent"] not in found:
+    elif before is not None and not np.array_equal(found, before) and asked not in found:
         state["latent"] = int(found[0])
+    screen_address.default("latent", int(found[0]))
     state["listed"] = found
-    st.query_params["latent"] = str(state["latent"])
     return int(state["latent"])
 
 
@@ -297,6 +341,8 @@ def _map(store: FeatureStore, found: ndarray, latent: int) -> None:
     figure = figures_features.feature_map(
         features.place_on_map(store), store.column("density"), found, latent
     )
+    if st.context.theme.type == "dark":
+        figure = figures.in_dark(figure)
     st.plotly_chart(
         figure,
         theme=None,
@@ -315,8 +361,3 @@ def _pick_on_map() -> None:
     points = st.session_state["map"]["selection"]["points"]
     if points:
         screen_feature.go_to(int(points[0]["customdata"][0]))
-
-
-def _plain(text: str) -> str:
-    """Text for the inside of Markdown's backticks."""
-    return text.replace("`", "'")

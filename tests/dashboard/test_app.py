@@ -37,7 +37,7 @@ def test_the_run_is_shown_with_its_headline_numbers(any_run: Path, browse: Brows
 
 def test_the_address_opens_a_latent(any_run: Path, browse: Browse) -> None:
     app = browse(any_run, latent="1")
-    assert "## Latent 1" in [text.value for text in app.markdown]
+    assert "### Latent 1" in [text.value for text in app.markdown]
 
 
 @pytest.mark.parametrize("latent", ["3", "-1", "x", "²"])
