@@ -15,7 +15,9 @@ from saekit.dashboard import (
     features,
     figures,
     figures_features,
+    screen_address,
     screen_feature,
+    screen_parts,
 )
 from saekit.dashboard._notes import Note
 from saekit.dashboard.data import Run
@@ -43,16 +45,9 @@ SORTS: dict[str, tuple[SortBy, bool]] = {
     "number": ("latent", False),
 }
 PLACES: list[Where] = ["contexts", "fires on", "promotes", "label or note"]
+ENDS = ("density_from", "density_to", "kurtosis_from", "kurtosis_to")
+"""Powers of 10."""
 SHOWN: list[Show] = ["alive", "dense", "dead", "all", "starred"]
-
-
-def _powers_from(text: str) -> tuple[float, float]:
-    low, high = (float(part) for part in text.split("_"))
-    return low, high
-
-
-def _powers_to(ends: tuple[float, float]) -> str:
-    return f"{ends[0]:g}_{ends[1]:g}"
 
 
 FIELDS = (
@@ -61,8 +56,7 @@ FIELDS = (
     Field("where", PLACES[0], one_of(*PLACES)),
     Field("sort", next(iter(SORTS)), one_of(*SORTS)),
     Field("show", SHOWN[0], one_of(*SHOWN)),
-    Field("bounds", None, _powers_from, _powers_to),
-    Field("tails", None, _powers_from, _powers_to),
+    *(Field(name, None, float, "{:g}".format) for name in ENDS),
     Field("like", None, whole),
     Field("as", "table", one_of("table", "map")),
 )
@@ -195,8 +189,8 @@ def _filters(store: FeatureStore, notes: dict[int, Note], texts: dict[int, str])
     sort = order.selectbox("order", list(SORTS), key="sort")
     kind = show.selectbox("show", SHOWN, key="show")
     with st.expander("More filters"):
-        density = _powers("fires on this share of tokens", store.column("density"), "bounds", True)
-        kurtosis = _powers("kurtosis", store.column("kurtosis"), "tails", False)
+        density = _powers("density", store.column("density"), share=True)
+        kurtosis = _powers("kurtosis", store.column("kurtosis"), share=False)
         like = st.number_input(
             "near to latent",
             0,
@@ -221,25 +215,32 @@ def _filters(store: FeatureStore, notes: dict[int, Note], texts: dict[int, str])
     return features.select(store, query, texts, starred)
 
 
-def _powers(label: str, values: ndarray, key: str, share: bool) -> tuple[float, float]:
-    """A slider over powers of 10, which reaches over all values."""
+def _powers(name: str, values: ndarray, *, share: bool) -> tuple[float, float]:
+    """Two sliders over powers of 10, which reach over all values."""
     some = values[np.isfinite(values) & (values > 0)]
     low = int(np.floor(np.log10(some.min()))) if len(some) else -1
     high = 0 if share else max(low + 1, int(np.ceil(np.log10(some.max()))) if len(some) else 1)
     steps = [step / 2 for step in range(2 * low, 2 * high + 1)]
+    least = _power(f"{name}_from", f"{name} at least", steps, steps[0], share)
+    most = _power(f"{name}_to", f"{name} at most", steps, steps[-1], share)
+    return (
+        float(10**least) if least > steps[0] else 0.0,
+        float(10**most) if most < steps[-1] else float("inf"),
+    )
+
+
+def _power(key: str, label: str, steps: list[float], end: float, share: bool) -> float:
+    screen_address.default(key, end)
     # An address may have been made of another run.
-    asked = st.session_state[key] or (steps[0], steps[-1])
-    ends = sorted(min(steps, key=lambda step: abs(step - end)) for end in asked)
-    screen_address.default(key, (steps[0], steps[-1]))
-    st.session_state[key] = tuple(ends)
+    asked = float(st.session_state[key])
+    st.session_state[key] = min(steps, key=lambda step: abs(step - asked))
     chosen = st.select_slider(
         label,
         steps,
         format_func=lambda power: _render.percent(10**power) if share else f"{10**power:.3g}",
         key=key,
     )
-    least, most = (float(10**power) for power in chosen)
-    return least if chosen[0] > low else 0.0, most if chosen[1] < high else float("inf")
+    return float(chosen)
 
 
 def _chosen(store: FeatureStore, found: ndarray) -> int:
