@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from saekit.dashboard import figures, figures_compare
 from saekit.dashboard._comparison import Comparison
-from saekit.dashboard.data import Context, Span
+from saekit.dashboard.data import Context, Span, show_token
 from saekit.dashboard.features import InputToken
 from saekit.results import Metric
 
@@ -70,13 +70,35 @@ def legend_html(names: Sequence[tuple[int, str]]) -> str:
 
 
 def plain_html(text: str) -> str:
-    """A remark as HTML, every sign as it is."""
-    return render("plain.html.j2", text=text)
+    """A remark as HTML; what stands between backticks is set as code."""
+    return render("plain.html.j2", parts=_parts(text))
+
+
+def token_html(tokens: Sequence[str], at: int) -> str:
+    """A token among its neighbours."""
+    return render("token.html.j2", tokens=tokens, at=at)
+
+
+def fires_html(value: float, tokens: str) -> str:
+    """How strongly a latent fires, and what it fires on elsewhere."""
+    return render("fires.html.j2", value=value, tokens=tokens)
+
+
+def continuation_html(prompt: Sequence[str], tokens: Sequence[str], other: Sequence[str]) -> str:
+    """A text and what was written behind it, marked where that differs from `other`."""
+    return render("continuation.html.j2", prompt=prompt, tokens=tokens, other=other)
 
 
 def message_html(text: str, kind: str) -> str:
     """A message as HTML; what stands between backticks is set as code."""
-    return render("message.html.j2", parts=text.split("`"), kind=kind)
+    return render("message.html.j2", parts=_parts(text), kind=kind)
+
+
+def _parts(text: str) -> list[str]:
+    """Pieces of plain text and of code, in turn. Signs that would hide or reorder others are
+    spelled out; line breaks stay."""
+    lines = (show_token(line) for line in text.split("\n"))
+    return "\n".join(lines).split("`")
 
 
 def interval(ends: tuple[float, float] | None) -> str:

@@ -6,6 +6,7 @@ address (see `screen_address`). Nothing here writes.
 """
 
 import sys
+from argparse import ArgumentParser
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
@@ -16,11 +17,16 @@ import streamlit as st
 from saekit.dashboard import (
     _render,
     screen_address,
+    screen_compare,
+    screen_dark_matter,
     screen_evals,
     screen_feature,
     screen_features,
+    screen_live,
     screen_parts,
+    screen_prompt,
     screen_runs,
+    screen_steer,
 )
 from saekit.dashboard._folder import Folder
 from saekit.dashboard.data import Run, show_token
@@ -33,8 +39,6 @@ class Screen:
     title: str
     show: Callable[[Folder, Run], None]
     fields: tuple[screen_address.Field, ...] = ()
-    keeps_fields: bool = True
-    """Whether the address follows `fields`; else the screen writes its own parameters."""
 
 
 # By their names in the address. A comment, as streamlit would show a string on the page.
@@ -46,6 +50,10 @@ SCREENS = {
     "feature": Screen(
         "Feature", lambda _, run: screen_features.show_one(run), screen_feature.FIELDS
     ),
+    "prompt": Screen("Prompt", screen_prompt.show, screen_prompt.FIELDS),
+    "steer": Screen("Steer", screen_steer.show, screen_steer.FIELDS),
+    "compare": Screen("Compare", screen_compare.show, screen_compare.FIELDS),
+    "dark": Screen("Dark matter", screen_dark_matter.show, screen_dark_matter.FIELDS),
     "evals": Screen("Evals", screen_evals.show, screen_evals.FIELDS),
 }
 
@@ -53,7 +61,8 @@ SCREENS = {
 def main(arguments: list[str]) -> None:
     st.set_page_config(page_title="saekit", page_icon="🔎", layout="wide")
     st.html(f"<style>{_render.browser_style()}</style>")
-    if len(arguments) != 1:
+    paths = _paths(arguments)
+    if len(paths) != 1:
         screen_parts.say(
             "Give one folder, of a run or of runs: `streamlit run app.py -- PATH`, or "
             "`saekit dashboard PATH`",
@@ -61,7 +70,7 @@ def main(arguments: list[str]) -> None:
         )
         return
     try:
-        folder = Folder.open(arguments[0])
+        folder = Folder.open(paths[0])
     except SaekitError as error:
         screen_parts.say(error, "error")
         return
@@ -88,9 +97,18 @@ def main(arguments: list[str]) -> None:
             screen_parts.say(error, "error")
     elif screen.title == "Runs":
         screen_runs.table(folder)
-    screen_address.settle([*shell, *screen.fields], own=screen.keeps_fields)
+    screen_address.settle([*shell, *screen.fields])
     if run is not None and run.training:
         _watch(run.path, _state(run.path))
+
+
+def _paths(arguments: list[str]) -> list[str]:
+    """The arguments without the options, which the screens that take them read."""
+    parser = ArgumentParser(add_help=False)
+    for option in (screen_live.MODEL, screen_live.HOOK):
+        parser.add_argument(option)
+    parser.add_argument("paths", nargs="*")
+    return list(parser.parse_known_args(arguments)[0].paths)
 
 
 def _navigation() -> str:

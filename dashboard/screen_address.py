@@ -69,8 +69,6 @@ def follow(fields: Iterable[Field]) -> list[str]:
                 state[field.name] = field.read(params[field.name])
         except ValueError:
             refused.append(field.name)
-    for name in {*params, *state.get(_SEEN, {})} - {field.name for field in fields}:
-        state.pop(name, None)  # a screen that reads the address itself reads it anew
     state[_KEPT], state[_LATE], state[_SEEN], state[_SHOWN] = {}, {}, params, ()
     return refused
 
@@ -92,22 +90,16 @@ def begin(fields: Iterable[Field]) -> None:
             state[field.name] = state[_KEPT].get(field.name, field.default)
 
 
-def settle(fields: Iterable[Field], *, own: bool = True) -> None:
+def settle(fields: Iterable[Field]) -> None:
     """Write the fields of the screen shown into the address, in one step of the history. Call it
-    at the end. Where the screen writes parameters itself (not `own`), those are left alone."""
+    at the end."""
     state = st.session_state
     fields = list(fields)
     for field in fields:
         if field.name in state:
             state[_KEPT][field.name] = state[field.name]
-    params = st.query_params.to_dict()
     said = _said(fields)
-    if not own:
-        said = {**params, **said}
-        for field in fields:
-            if field.name not in _said([field]):
-                said.pop(field.name, None)
-    if said != params:
+    if said != st.query_params.to_dict():
         st.query_params.from_dict(said)
     state[_SEEN], state[_SHOWN] = said, tuple(field.name for field in fields)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import streamlit as st
+from streamlit.components.v2 import component
 
 from saekit.dashboard import _render, figures
 
@@ -39,7 +40,7 @@ def go_to(screen: str, **values: Any) -> None:
         st.session_state[name] = value
 
 
-_STRIP = st.components.v2.component(
+_STRIP = component(
     "saekit_tokens",
     html='<div class="strip" role="listbox" aria-label="Tokens"></div>',
     css=_render.render("strip.css.j2"),

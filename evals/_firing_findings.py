@@ -12,12 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saekit.errors import Undefined
 from saekit.evals._base import Findings
 from saekit.evals._firing_life import Life
 from saekit.evals._firing_rows import RowMeans
 from saekit.evals._firing_units import Posterior, Spread
 from saekit.evals._firing_windows import Windows, Zipf, log_histogram, zipf_likelihood, zipf_line
-from saekit.evals._metrics import Firing, Undefined
+from saekit.evals._metrics import Firing
 from saekit.results import Metric
 
 log = logging.getLogger(__name__)

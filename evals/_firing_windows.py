@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saekit.evals._metrics import Undefined
+from saekit.errors import Undefined
 from saekit.sae import SparseCode
 
 

@@ -12,10 +12,10 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
+from saekit.errors import Undefined
 from saekit.evals._geometry_pass import root
 from saekit.evals._linear import Moments
 from saekit.evals._matching import random_rows
-from saekit.evals._metrics import Undefined
 from saekit.results import Metric
 from saekit.seeds import stream
 

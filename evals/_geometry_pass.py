@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saekit.errors import Undefined
 from saekit.evals._base import Eval
 from saekit.evals._linear import Moments
-from saekit.evals._metrics import Firing, Undefined
+from saekit.evals._metrics import Firing
 
 
 def root(moments: Moments) -> Float[Tensor, "d d"]:

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saekit.evals._geometry_nulls import Null, beside_nulls
-from saekit.evals._matching import SIGNS, Sign, matched, nearest, unit_rows
+from saekit.matching import SIGNS, Sign, matched, nearest, unit_rows
 from saekit.results import Metric
 
 COS = {"signed": "cos", "abs": "|cos|"}

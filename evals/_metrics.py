@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saekit.errors import SaekitError
+from saekit.errors import SaekitError, Undefined
 from saekit.sae import SparseCode
 
 DENSE = 0.1
@@ -26,10 +26,6 @@ DENSE = 0.1
 
 MIN_CE_RISE = 1e-6
 """Nats that an ablation must cost before the share of it that an SAE wins back means anything."""
-
-
-class Undefined(SaekitError):
-    """A ratio whose denominator is zero, or says nothing."""
 
 
 @dataclass(frozen=True, eq=False)

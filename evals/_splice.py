@@ -19,12 +19,10 @@ from torch import Tensor
 
 from saekit.activations_cache.config import DTYPES
 from saekit.activations_cache.model import LanguageModel
+from saekit.activations_cache.splice import Edit, only_at, recording
 from saekit.activations_cache.store import ActivationCache, Window
 from saekit.errors import CacheError
 from saekit.evals._metrics import Mean, cross_entropy, kl_divergence
-
-Edit = Callable[[Float[Tensor, "row d"]], Float[Tensor, "row d"]]
-"""From the activations of the edited positions to what takes their place."""
 
 _LOGITS_AT_ONCE = 2**25
 """Elements of one `[batch, pos, vocab]` tensor, about: 128 MiB in fp32, and two are alive at a
@@ -101,11 +99,11 @@ def spliced_losses(
         batch = _Batch.of(some, left, str(model.device))
         target = batch.ids.roll(-1, dims=1)[batch.scored]
         seen: list[Tensor] = []
-        clean = model.logits(batch.ids, {hook: _recording(seen)})[batch.scored]
+        clean = model.logits(batch.ids, {hook: recording(seen)})[batch.scored]
         _compare_with_cache(seen[0][batch.edited].float().cpu(), some, cache, hook)
         losses["clean"] += _compare(clean, clean, target, batch.document)
         for name, edit in edits.items():
-            logits = model.logits(batch.ids, {hook: _only_at(batch.edited, edit)})[batch.scored]
+            logits = model.logits(batch.ids, {hook: only_at(batch.edited, edit)})[batch.scored]
             losses[name] += _compare(clean, logits, target, batch.document)
         left -= len(target)
         advance(len(target))
@@ -125,25 +123,6 @@ def _batched(windows: Iterator[Window], vocab: int) -> Iterator[list[Window]]:
         some.append(window)
     if some:
         yield some
-
-
-def _recording(seen: list[Tensor]) -> Callable[[Tensor], Tensor]:
-    def record(x: Tensor) -> Tensor:
-        seen.append(x)
-        return x
-
-    return record
-
-
-def _only_at(edited: Bool[Tensor, "batch pos"], edit: Edit) -> Callable[[Tensor], Tensor]:
-    """The edit as a function of the whole activation. It works in fp32, whatever the model does."""
-
-    def replace(x: Tensor) -> Tensor:
-        x = x.clone()
-        x[edited] = edit(x[edited].float()).to(x.dtype)
-        return x
-
-    return replace
 
 
 def _compare(

@@ -19,17 +19,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saekit.errors import CacheError, ConfigError
+from saekit.errors import CacheError, ConfigError, Undefined
 from saekit.evals._base import Eval, EvalConfig, Findings, ResampledConfig
 from saekit.evals._core_rows import CoreRows, Samples
-from saekit.evals._metrics import (
-    DENSE,
-    MIN_CE_RISE,
-    Firing,
-    Reconstruction,
-    Undefined,
-    ce_recovered,
-)
+from saekit.evals._metrics import DENSE, MIN_CE_RISE, Firing, Reconstruction, ce_recovered
 from saekit.evals._resample import Estimate, Resamples
 from saekit.evals._splice import Losses, spliced_losses
 from saekit.progress import bar

@@ -26,12 +26,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saekit.errors import ConfigError
+from saekit.errors import ConfigError, Undefined
 from saekit.evals._base import Eval, EvalConfig, Findings
 from saekit.evals._geometry_nulls import beside_nulls, nulls
 from saekit.evals._geometry_pass import alive, look
-from saekit.evals._matching import SIGNS, Nearest, Sign, nearest, unit_rows
-from saekit.evals._metrics import Undefined
+from saekit.matching import SIGNS, Nearest, Sign, nearest, unit_rows
 from saekit.results import Metric
 from saekit.seeds import stream
 

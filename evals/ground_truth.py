@@ -41,8 +41,8 @@ from saekit.evals._base import Eval, EvalConfig, Findings, ResampledConfig
 from saekit.evals._core_rows import CoreRows
 from saekit.evals._ground_matching import Found, arrays, beside_random, find
 from saekit.evals._ground_rows import Told, Truth
-from saekit.evals._matching import SIGNS, Sign
 from saekit.evals._resample import Estimate, Resamples
+from saekit.matching import SIGNS, Sign
 from saekit.results import Metric
 
 log = logging.getLogger(__name__)

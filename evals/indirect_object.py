@@ -33,7 +33,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saekit import seeds
-from saekit.errors import ConfigError
+from saekit.errors import ConfigError, Undefined
 from saekit.evals._base import Eval, EvalConfig, Findings
 from saekit.evals._controls import random_sae
 from saekit.evals._edits import Candidates, by_score, greedy
@@ -46,7 +46,7 @@ from saekit.evals._indirect_object_prompts import (
     changed,
     make,
 )
-from saekit.evals._metrics import Reconstruction, Undefined
+from saekit.evals._metrics import Reconstruction
 from saekit.evals._supervised import Code, Design, SupervisedDictionary
 from saekit.evals._task_codes import Coder
 from saekit.evals._task_interpretability import (

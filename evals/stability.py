@@ -33,21 +33,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saekit import checkpoint
-from saekit.errors import ConfigError
+from saekit.errors import ConfigError, Undefined
 from saekit.evals._base import Eval, EvalConfig, Findings, matching_hook
 from saekit.evals._geometry_nulls import Null, beside_nulls, nulls
 from saekit.evals._geometry_pass import alive, look
 from saekit.evals._linear import Moments
-from saekit.evals._matching import (
-    SIGNS,
-    Compared,
-    Sign,
-    compare,
-    definitions,
-    subspace_overlap,
-    unit_rows,
-)
-from saekit.evals._metrics import Undefined
+from saekit.evals._matching import Compared, compare, definitions, subspace_overlap
+from saekit.matching import SIGNS, Sign, unit_rows
 from saekit.results import Metric, Provenance
 from saekit.sae import SAE
 

@@ -36,6 +36,10 @@ class ModelError(SaekitError):
     """A model that cannot be loaded, or lacks the hook point asked for."""
 
 
+class Undefined(SaekitError):
+    """A ratio whose denominator is zero, or says nothing."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: the nearest known one, or all of them."""
     names = list(known)

@@ -3,7 +3,6 @@
 The flags of a command are the fields of its arguments and of the config that they hold.
 """
 
-import logging
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, make_dataclass
@@ -12,14 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import tyro
 
-from saekit.errors import CacheError, ConfigError, nearest
+from saekit.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
-    from saekit.activations_cache.store import ActivationCache
     from saekit.config import Config
     from saekit.results import EvalResult
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,31 +115,3 @@ def print_table(headings: Iterable[str], rows: Iterable[tuple[object, ...]]) -> 
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
     Console().print(table)
-
-
-def unshuffled(cache: "ActivationCache") -> "ActivationCache":
-    """A cache, or the one that was shuffled to make it: evaluations look at whole windows of
-    text."""
-    from saekit.activations_cache.store import ActivationCache
-
-    trained_on = cache
-    while (record := cache.manifest.shuffle) is not None:
-        try:
-            source = ActivationCache.open(record.source)
-        except CacheError as error:
-            raise CacheError(
-                f"{cache.url} is shuffled, and the cache that it was made from, {record.source}, "
-                "cannot be opened: give it where it is now, with --cache CACHE"
-            ) from error
-        if source.fingerprint != record.source_fingerprint:
-            raise CacheError(
-                f"{record.source} is not the cache any more that {cache.url} was made from "
-                f"(fingerprint {source.fingerprint[:12]}, was {record.source_fingerprint[:12]}): "
-                "give the one to evaluate on, with --cache CACHE"
-            )
-        cache = source
-    if cache is not trained_on:
-        log.info(
-            "%s is shuffled: evaluating on %s, which it was made from", trained_on.url, cache.url
-        )
-    return cache

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saekit.commands._shared import ConfigArgs, choice, parse, print_metrics, toml, unshuffled
+from saekit.commands._shared import ConfigArgs, choice, parse, print_metrics, toml
 from saekit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def run(argv: list[str]) -> None:
 def cache_of(sae: Path) -> "ActivationCache":
     """The cache that a run was trained on, in the order of its text."""
     from saekit.activations_cache.store import ActivationCache
+    from saekit.activations_cache.unshuffled import unshuffled
     from saekit.config import read_toml
 
     path = sae / "config.toml"

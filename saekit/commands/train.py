@@ -12,7 +12,6 @@ from saekit.commands._shared import (
     parse,
     print_table,
     toml,
-    unshuffled,
 )
 from saekit.errors import ConfigError, SaekitError
 
@@ -180,6 +179,7 @@ def _callbacks(args: _Common, cache: "ActivationCache") -> "tuple[Callback, ...]
         return ()
     if args.eval_every < 1:
         raise ConfigError(f"eval_every={args.eval_every} must be at least 1 step")
+    from saekit.activations_cache.unshuffled import unshuffled
     from saekit.evals._base import evaluate
     from saekit.evals.core import CoreConfig
     from saekit.sae import SAE

@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saekit import ActivationCache, checkpoint, evaluate, train
-from saekit.errors import CheckpointError, ConfigError, SaekitError
+from saekit.errors import CheckpointError, ConfigError, SaekitError, Undefined
 from saekit.evals._firing_life import FILE, Life
 from saekit.evals._firing_rows import RowMeans, measure, measures, near_zero, row_sparsity
 from saekit.evals._firing_units import Posterior, Spread, training_scale
 from saekit.evals._firing_windows import Windows, log_histogram, zipf_likelihood, zipf_line
-from saekit.evals._metrics import Firing, Undefined
+from saekit.evals._metrics import Firing
 from saekit.evals._resample import Resamples
 from saekit.evals.firing import FiringConfig
 from saekit.results import EvalResult

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from saekit import ActivationCache, evaluate
-from saekit.errors import ConfigError
+from saekit.errors import ConfigError, Undefined
 from saekit.evals._geometry_nulls import beside_nulls, nulls
 from saekit.evals._geometry_pass import root
 from saekit.evals._linear import Moments
-from saekit.evals._matching import nearest, random_rows
-from saekit.evals._metrics import Undefined
+from saekit.evals._matching import random_rows
 from saekit.evals.geometry import GeometryConfig, pair_cosines, summary
+from saekit.matching import nearest
 from saekit.results import EvalResult
 from saekit.sae import SAE
 

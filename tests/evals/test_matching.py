@@ -5,21 +5,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from saekit.evals import _matching
-from saekit.evals._matching import (
-    SIGNS,
-    Pairs,
-    Sign,
-    compare,
-    definitions,
-    matched,
-    mutual,
-    nearest,
-    random_rows,
-    subspace_overlap,
-    unit_rows,
-)
-from saekit.evals._metrics import Undefined
+from saekit import matching
+from saekit.errors import Undefined
+from saekit.evals._matching import compare, definitions, random_rows, subspace_overlap
+from saekit.matching import SIGNS, Pairs, Sign, matched, mutual, nearest, unit_rows
 
 A = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
 B = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, -1.0]])
@@ -74,7 +63,7 @@ def test_where_direction_does_not_count_another_matching_is_the_best() -> None:
 def test_it_agrees_with_plain_loops_for_any_block(
     sign: Sign, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_matching, "_COSINES_AT_ONCE", block)
+    monkeypatch.setattr(matching, "_COSINES_AT_ONCE", block)
     a, b = dictionary(5), dictionary(7)
     table = cosines(a, b, sign)
     columns = [list(column) for column in zip(*table, strict=True)]

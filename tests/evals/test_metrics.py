@@ -6,12 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saekit.errors import SaekitError
+from saekit.errors import SaekitError, Undefined
 from saekit.evals._metrics import (
     Firing,
     Mean,
     Reconstruction,
-    Undefined,
     ce_recovered,
     cross_entropy,
     kl_divergence,

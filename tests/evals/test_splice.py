@@ -4,6 +4,7 @@ from torch import Tensor
 
 from saekit import ActivationCache
 from saekit.activations_cache.model import LanguageModel
+from saekit.activations_cache.splice import Edit, only_at
 from saekit.evals import _splice
 from saekit.evals._splice import Losses, spliced_losses
 
@@ -16,7 +17,7 @@ def model(tiny_cache: ActivationCache) -> LanguageModel:
 
 
 def losses(
-    model: LanguageModel, cache: ActivationCache, n_tokens: int = 10_000, **edits: _splice.Edit
+    model: LanguageModel, cache: ActivationCache, n_tokens: int = 10_000, **edits: Edit
 ) -> dict[str, Losses]:
     windows = cache.windows("test")
     return spliced_losses(model, cache, HOOK, edits, windows, n_tokens, lambda _: None)
@@ -54,7 +55,7 @@ def test_only_kept_positions_are_edited(
     assert not window.keep[0]
     batch = _splice._Batch.of([window], 100, "cpu")
     x = torch.randn(1, len(window.tokens), 16)
-    edited = _splice._only_at(batch.edited, torch.zeros_like)(x)
+    edited = only_at(batch.edited, torch.zeros_like)(x)
     assert torch.equal(edited[0, 0], x[0, 0])
     assert not edited[0, 1:].any()
     assert x[0, 1:].all()
