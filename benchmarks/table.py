@@ -1,10 +1,10 @@
-"""Makes the tables of docs/peers.md, docs/kinds.md and saekit/kernels/README.md from
-benchmarks/results/:
+"""Makes the tables of docs/peers.md, docs/kinds.md, docs/dark_matter.md and
+saekit/kernels/README.md from benchmarks/results/:
 
     python benchmarks/table.py
 
 The newest line of each case is shown. Standard library only; where plotly and kaleido are
-installed, main also draws docs/step_grow.svg.
+installed, main also draws docs/step_grow.svg. The figures of docs/dark_matter.md need neither.
 """
 
 import json
@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import _dark_matter_page
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
@@ -492,6 +494,7 @@ PAGES: dict[str, dict[str, Callable[[dict[str, list[Line]]], str]]] = {
         "step": step,
         "together": together,
     },
+    "dark_matter.md": _dark_matter_page.TABLES,
     KERNELS: {
         "step": fused_step,
         "pursuit": pursuit,
@@ -514,6 +517,7 @@ def with_tables(page: str, name: str, results: dict[str, list[Line]]) -> str:
 def main() -> None:
     results = load()
     draw(results)
+    _dark_matter_page.draw(results)
     for name in PAGES:
         path = DOCS / name
         made = with_tables(path.read_text(encoding="utf-8"), name, results)

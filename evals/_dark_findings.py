@@ -97,6 +97,8 @@ def _add_fvu(table: Table, found: Measured, end: str, at: int) -> None:
                 "perfect, 1 is what mu would score",
                 undefined,
             )
+            table.arrays[f"fvu_total{end}_samples"] = total.cpu().numpy()
+        table.arrays[f"fvu_nonlinear{end}{suffix}_samples"] = nonlinear.cpu().numpy()
         table.estimate(
             f"fvu_nonlinear{end}{suffix}",
             nonlinear,
@@ -205,29 +207,30 @@ def add_compared(table: Table, found: Compared, subjects: tuple[Subject, ...]) -
 def _add_lengths(table: Table, found: Compared, names: list[str]) -> None:
     n = len(names)
     r2, with_nonlinear = (
-        (1 - e.residual[0] / e.scatter.by_dimension[0]).view(n, n)
+        (1 - e.residual / e.scatter.by_dimension).view(-1, n, n)
         for e in (found.length, found.length_with_nonlinear)
     )
-    if r2.isnan().any():
+    if r2[0].isnan().any():
         table.leave_out("length_r2", "the length of an SAE's error does not vary over the rows")
         return
-    table.arrays["length_r2"] = r2.cpu().numpy()
-    table.arrays["length_r2_with_nonlinear"] = with_nonlinear.cpu().numpy()
+    table.arrays["length_r2"] = r2[0].cpu().numpy()
+    table.arrays["length_r2_with_nonlinear"] = with_nonlinear[0].cpu().numpy()
     order = ", ".join(names)
     for i, name in enumerate(names[1:], 1):
-        table.add(
+        alone, both = r2[:, i, 0], with_nonlinear[:, i, 0]
+        table.estimate(
             f"length_r2_from_{name}",
-            float(r2[i, 0]),
+            alone,
             f"1 - sum(|e| - prediction)^2 / sum(|e| - mean|e|)^2 of alpha |e_i| + beta, with e_i "
             f"the error of the SAE '{name}' on the same token; from row to column, array length_r2 "
             f"has all pairs of: {order}",
+            _SAME,
         )
-        if r2[i, 0] >= 1:
-            table.leave_out(f"length_gain_from_{name}", "|e_i| alone explains all of |e|")
-            continue
-        table.add(
+        left = 1 - alone
+        table.estimate(
             f"length_gain_from_{name}",
-            float((with_nonlinear[i, 0] - r2[i, 0]) / (1 - r2[i, 0])),
+            ((both - alone) / left).where(left > 0, math.nan),
             f"(R2 - length_r2_from_{name}) / (1 - length_r2_from_{name}): the share of what |e_i| "
             "left that |NonlinErr_i|, a second regressor, explains",
+            "|e_i| alone explains all of |e|",
         )

@@ -83,6 +83,8 @@ def compare(
         ]
         for moments in crosses
     ]
+    # A weight for each resample and dimension of every other SAE is more than there is room for.
+    alone = resamples.sample
     each = (splits[0], *map(split, others))
     batches = fit.seen("fit of lengths", *subjects)
     lengths = reduce(add, (_length_moments(seen, each) for _, seen in batches))
@@ -93,7 +95,7 @@ def compare(
         return Compared(
             tuple(
                 tuple(
-                    _judge_parts(seen[0], other, fitted, part, resamples, document)
+                    _judge_parts(seen[0], other, fitted, part, alone, document)
                     for fitted, part in zip(ways, splits, strict=True)
                 )
                 for other, ways in zip(seen[1:], maps, strict=True)

@@ -121,9 +121,7 @@ class DarkMatter(Eval):
             few = fit.spread(cfg.pursuit_rows), held_out.first(cfg.pursuit_rows)
             pursue(table, subjects[0], *few, cfg.ridge)
         if len(subjects) > 1:
-            compared = compare(
-                subjects, splits, INTERCEPTS, fit, held_out, resamples.sample, cfg.ridge
-            )
+            compared = compare(subjects, splits, INTERCEPTS, fit, held_out, resamples, cfg.ridge)
             add_compared(table, compared, subjects)
         return Findings(metrics=table.finished(), arrays=table.arrays)
 

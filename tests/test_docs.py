@@ -3,8 +3,10 @@
 import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
+from xml.etree import ElementTree
 
 import pytest
 
@@ -55,11 +57,15 @@ def test_the_figures_are_those_of_the_result_beside_them(figures: ModuleType) ->
 
 
 @pytest.fixture
-def tables() -> ModuleType:
+def tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    # As where it is run as a script.
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     return _module(ROOT / "benchmarks" / "table.py")
 
 
-@pytest.mark.parametrize("name", ["peers.md", "kinds.md", "../saekit/kernels/README.md"])
+@pytest.mark.parametrize(
+    "name", ["peers.md", "kinds.md", "dark_matter.md", "../saekit/kernels/README.md"]
+)
 def test_the_tables_of_a_page_are_those_of_the_results(name: str, tables: ModuleType) -> None:
     page = (ROOT / "docs" / name).read_text(encoding="utf-8")
     assert tables.with_tables(page, name, tables.load()) == page
@@ -94,6 +100,36 @@ def test_a_run_is_compared_with_the_eager_one_of_its_seed(tables: ModuleType) ->
     table = tables.equivalence({"equivalence": lines})
     assert "| 80 | fused, bfloat16 | 2 | +1.500 (+1.000 to +2.000) | 50.00 |" in table
     assert table.count("\n") == 3
+
+
+def _dark_line(width: int, figures: dict[str, list[float]]) -> dict[str, object]:
+    line = {"op": "sae", "hook": "h", "width": width, "k": 2, "seed": 0, "figures": figures}
+    return line | {"core": {"l0_mean": [2.0], "dead_share": [0.0]}}
+
+
+def test_a_published_claim_is_called_by_its_intervals(tables: ModuleType) -> None:
+    first = {"r2_vec_pooled": [0.5, 0.45, 0.55], "r2_norm_sq": [0.95, 0.92, 0.97]}
+    second = {"r2_vec_pooled": [0.2, 0.1, 0.3], "r2_norm_sq": [0.9, 0.85, 0.95]}
+    second |= {"length_r2_from_h-64": [0.4, 0.3, 0.45], "length_r2_from_h-128-random": [0.1]}
+    lines = [_dark_line(64, {"r2_vec_pooled": [9.0]}), _dark_line(64, first)]
+    page = tables._dark_matter_page
+    table = page.claims({"dark_matter": [*lines, _dark_line(128, second)]})
+    half, norm, tokens = table.splitlines()[2:]
+    assert "0.200 [0.100, 0.300] at 128 to 0.500 [0.450, 0.550] at 64" in half
+    assert "| confirmed at 64; refuted at 128 |" in half
+    assert "| confirmed at 64; undecided at 128 |" in norm
+    assert "0.400 [0.300, 0.450] at 128 from 64 | **refuted** |" in tokens
+
+
+def test_a_chart_is_whole_xml_with_each_value_in_its_place(tables: ModuleType) -> None:
+    svg = sys.modules["_svg"]
+    series = svg.Series("a < b", [16, 64], [[0.5, 0.25, 0.75], [0.0]], "#123456")
+    text = svg.chart([svg.Panel("p", [series])], "width", "share", 1.0)
+    root = ElementTree.fromstring(text)
+    dots = [e for e in root if e.tag.endswith("circle")]
+    assert [float(dot.attrib["cy"]) for dot in dots] == [svg.TOP + svg.HEIGHT / 2, svg.TOP + 250]
+    assert float(dots[0].attrib["cx"]) < float(dots[1].attrib["cx"])
+    assert any(e.text == "a < b" for e in root)
 
 
 def test_every_variable_that_is_read_stands_in_the_readme() -> None:

@@ -251,7 +251,7 @@ class _Plan:
         from saekit.checkpoint import fingerprint
         from saekit.evals._base import evaluate
 
-        if _is_there(out, name, fingerprint(sae), cache.fingerprint, config.to_dict()):
+        if is_there(out, name, fingerprint(sae), cache.fingerprint, config.to_dict()):
             return Outcome(path, what, "kept")
         start = time.perf_counter()
         try:
@@ -294,7 +294,7 @@ class _Plan:
                     yield self._measure(path, one, what, config, control, cache, hook, out)
 
 
-def _is_there(out: Path, name: str, sae: str, cache: str, config: Mapping[str, Any]) -> bool:
+def is_there(out: Path, name: str, sae: str, cache: str, config: Mapping[str, Any]) -> bool:
     """Whether `out` holds what the evaluation would find now."""
     try:
         found = EvalResult.load(out, name)

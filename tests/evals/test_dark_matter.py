@@ -250,6 +250,8 @@ def test_intervals_are_over_documents_with_fit_and_mean_held_fixed(
         r2.append(1 - total(nonlinear[some]) / total(error[some] - error_mean))
         fvu.append((total(error[some]) - total(nonlinear[some])) / total(x[some] - mean))
     result = dark(random_sae, tiny_cache, n_bootstrap=30, seed=3)
+    samples = result.arrays["fvu_total_samples"] - result.arrays["fvu_nonlinear_samples"]
+    assert samples[1:] == pytest.approx(np.array(fvu), rel=1e-6)
     for name, drawn in (("r2_vec_pooled", r2), ("fvu_linear", fvu)):
         assert result.metrics[name].interval == pytest.approx(
             tuple(np.quantile(drawn, [0.025, 0.975])), rel=1e-6
@@ -435,6 +437,12 @@ def test_lengths_of_errors_agree_with_plain_least_squares(
             table = result.arrays["length_r2_with_nonlinear"]
             assert table[i, j] == pytest.approx(together, abs=1e-9)
     found = values(result)
+    # Intervals, too, are over documents.
+    drawn = dark(random_sae, tiny_cache, others=(path,), n_bootstrap=20)
+    for name in ("length_r2_from_larger", "length_gain_from_larger"):
+        assert drawn.metrics[name].value == pytest.approx(found[name])
+        assert drawn.metrics[name].interval is not None
+    assert drawn.metrics["r2_error_pooled_from_larger"].interval is None
     old, new = (result.arrays[f"length_r2{end}"][1, 0] for end in ("", "_with_nonlinear"))
     assert found["length_r2_from_larger"] == pytest.approx(old)
     assert found["length_gain_from_larger"] == pytest.approx((new - old) / (1 - old))
