@@ -36,7 +36,12 @@ COLOURS = (
 _POINTS = 400
 """Of a curve, at most: more cannot be seen, and make the page long."""
 
-_SYMBOLS = {"random": "x-thin", "pca": "cross-thin", "neuron": "asterisk"}
+_SYMBOLS = {
+    "random": "x-thin",
+    "random_pursuit": "y-up",
+    "pca": "cross-thin",
+    "neuron": "asterisk",
+}
 
 
 def colour(number: int) -> str:

@@ -4,13 +4,15 @@ What a trained SAE scores says little until something without learning has been 
 test (Korznikov et al. 2026, arXiv 2602.14111; Heap et al. 2025). Each control is an ordinary SAE of
 the trained one's hook and, as near as can be, of its L0:
 
-    random   random directions, as many latents, the same kind of activation
-    pca      the rows' first l0 principal components
-    neuron   the k coordinates of a row that are farthest from their mean
+    random          random directions, as many latents, the same kind of activation
+    random_pursuit  the same directions, encoded by matching pursuit
+    pca             the rows' first l0 principal components
+    neuron          the k coordinates of a row that are farthest from their mean
 
-The latter two have for each direction a latent either way, so that codes, which are not negative,
-express signed scores. Two more controls are trained: `saekit train --freeze decoder`, and any kind
-on a cache of an untrained model (`saekit harvest --model NAME#random=SEED`).
+The random ones have learnt no directions, and score far apart: what lies between is owed to the
+encoder alone. The last two have for each direction a latent either way, so that codes, which are
+not negative, express signed scores. Two more controls are trained: `saekit train --freeze decoder`,
+and any kind on a cache of an untrained model (`saekit harvest --model NAME#random=SEED`).
 
 All are fitted on rows of the train split, evenly spread, without special tokens. Axes: row, d,
 d_sae.
@@ -35,7 +37,7 @@ from saekit.sae import SAE, JumpReLU, MatchingPursuit, ReLU, TopK
 
 log = logging.getLogger(__name__)
 
-NAMES: tuple[str, ...] = ("random", "pca", "neuron")
+NAMES: tuple[str, ...] = ("random", "random_pursuit", "pca", "neuron")
 
 _ROWS = 8192
 """Rows that L0, thresholds and gain of a random SAE are taken over."""
@@ -60,6 +62,8 @@ def controls(
     made = {}
     if "random" not in unfit:
         made["random"] = random_sae(like, cache, hook, seed=seed)
+    if "random_pursuit" not in unfit:
+        made["random_pursuit"] = random_pursuit_sae(like, cache, hook, seed=seed)
     if "pca" not in unfit:
         made["pca"] = pca_sae(cache, hook, round(l0))
     if "neuron" not in unfit:
@@ -74,6 +78,8 @@ def misfits(like: SAE, l0: float) -> dict[str, str]:
     if round(l0) < 1:
         return dict.fromkeys(NAMES, f"the SAE's L0 is {l0:.3g}, and a control's is at least 1")
     unfit = {}
+    if isinstance(like.activation, MatchingPursuit):
+        unfit["random_pursuit"] = "the SAE is a matching pursuit, and so is its random control"
     if isinstance(like.activation, JumpReLU) and l0 >= like.d_sae / 2:
         unfit["random"] = (
             f"the SAE's L0 is {l0:.4g} of {like.d_sae} latents, and random directions are above "
@@ -115,10 +121,7 @@ def random_sae(
     l0 = _l0(like, x)
     if reason := misfits(like, l0).get("random"):
         raise ConfigError(f"there is no random control: {reason}")
-    generator = seeds.stream("random control", seed)
-    directions = torch.randn(like.d_sae, like.d_in, generator=generator)
-    W_dec = directions / directions.norm(dim=1, keepdim=True)
-    mean = x.double().mean(0).float()
+    W_dec, mean = _directions(like, seed), x.double().mean(0).float()
     origin = _provenance("random", cache, hook, {"seed": seed, "l0": l0}, len(x))
     how = like.activation
     if isinstance(how, MatchingPursuit):
@@ -133,6 +136,31 @@ def random_sae(
         else:
             sae = replace(sae, activation=JumpReLU(threshold.clamp(min=0).expand(like.d_sae)))
     return _scaled(sae, _gain(sae, x)) if fit_gain else sae
+
+
+def random_pursuit_sae(
+    like: SAE, cache: ActivationCache, hook: str | None = None, *, seed: int = 0
+) -> SAE:
+    """The directions of `random_sae`, encoded by matching pursuit in as many steps as the L0 of
+    `like`: the same latent may be taken twice, so that the L0 may be a little less.
+
+    Raises ConfigError where `misfits` says why.
+    """
+    hook = matching_hook(like, cache, hook)
+    x = _rows(cache, hook, _ROWS)
+    l0 = _l0(like, x)
+    if reason := misfits(like, l0).get("random_pursuit"):
+        raise ConfigError(f"there is no random_pursuit control: {reason}")
+    origin = _provenance("random_pursuit", cache, hook, {"seed": seed, "l0": l0}, len(x))
+    pursuit = MatchingPursuit(steps=round(l0))
+    mean = x.double().mean(0).float()
+    return replace(SAE.of_atoms(_directions(like, seed), mean, pursuit), provenance=origin)
+
+
+def _directions(like: SAE, seed: int) -> Float[Tensor, "d_sae d"]:
+    generator = seeds.stream("random control", seed)
+    directions = torch.randn(like.d_sae, like.d_in, generator=generator)
+    return directions / directions.norm(dim=1, keepdim=True)
 
 
 def pca_sae(

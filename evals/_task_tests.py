@@ -21,6 +21,8 @@ Places = Float[Tensor, "row place d"]
 WHO = {
     "sae": "the SAE's reconstruction",
     "random_sae": "the reconstruction of a random SAE of the same width and L0",
+    "random_pursuit": "the reconstruction of a random dictionary of the same width, encoded by "
+    "matching pursuit in as many steps as the SAE's L0",
     "mean_code": "the supervised dictionary of mean codes, mu + sum_i u[i, v_i]",
     "mse_code": "the supervised dictionary of least squares codes, mu + sum_i u[i, v_i]",
 }

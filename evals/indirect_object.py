@@ -5,7 +5,7 @@ Prompts "When Mary and John went to the store, John gave a drink to" have three 
 indirect object IO (Mary), the subject S (John), and the order Pos of their first mention (ABB,
 BAB). An activation at the SAE's hook, where the IO stands, where S does (twice) or at the last
 token, may hold each. Three tests compare the SAE with supervised dictionaries, which know the
-attributes (`_supervised`), and with a random one of its width and sparsity (`_controls`):
+attributes (`_supervised`), and with random ones of its width and sparsity (`_controls`):
 
     approximation     does x_hat do the model's work, and does nothing of it lie in x - x_hat?
     sparse control    does exchanging k latents change the attribute as the counterfactual does?
@@ -35,7 +35,7 @@ from torch import Tensor
 from saekit import seeds
 from saekit.errors import ConfigError, Undefined
 from saekit.evals._base import Eval, EvalConfig, Findings
-from saekit.evals._controls import random_sae
+from saekit.evals._controls import random_pursuit_sae, random_sae
 from saekit.evals._edits import Candidates, by_score, greedy
 from saekit.evals._indirect_object_config import IndirectObjectConfig
 from saekit.evals._indirect_object_prompts import (
@@ -72,6 +72,7 @@ _EDITORS = {
     "by_f1": "the SAE's, those that tell most of the attribute (F1 on the prompts of the fit)",
     "random_latents": "the SAE's, drawn from those active in either prompt",
     "random_sae": "a random SAE's, by greedy search",
+    "random_pursuit": "those of a random dictionary, encoded by matching pursuit, by greedy search",
 }
 
 
@@ -91,20 +92,23 @@ class IndirectObject(Eval):
             return _Run(cfg, self._dictionaries(), patcher, prompts).findings()
 
     def _dictionaries(self) -> dict[str, SAE]:
-        """The SAE, and the random one where there can be one."""
+        """The SAE, and the random ones where there can be any."""
         found = {"sae": self.sae}
-        try:
-            control = random_sae(self.sae, self.cache, self.hook, seed=self.cfg.seed)
-        except ConfigError as reason:
-            log.warning("every number of random_sae is left out: %s", reason)
-            return found
-        return found | {"random_sae": control.to(self.device)}
+        of = {"random_sae": random_sae, "random_pursuit": random_pursuit_sae}
+        for name, control_of in of.items():
+            try:
+                control = control_of(self.sae, self.cache, self.hook, seed=self.cfg.seed)
+            except ConfigError as reason:
+                log.warning("every number of %s is left out: %s", name, reason)
+            else:
+                found[name] = control.to(self.device)
+        return found
 
     def _passes(self) -> int:
         """Prompts that will run, each as often as it does."""
         cfg = self.cfg
         a_target = 4 + len(_EDITORS) * len(cfg.k)
-        edits = 2 + 2 * (len(_CODES) + 2) + 2 + len(cfg.attributes) * a_target
+        edits = 2 + 2 * (len(_CODES) + 3) + 2 + len(cfg.attributes) * a_target
         return cfg.n_fit + cfg.n_test + edits * cfg.n_patch
 
 

@@ -54,8 +54,9 @@ class EvalAllArgs(Args):
     only: tuple[str, ...] = ()
     """Evaluations to run; all where none is given."""
     controls: bool = False
-    """Evaluate controls of each SAE too (random directions, principal components, neurons), by
-    core, dark_matter and geometry, into `results/controls/NAME`."""
+    """Evaluate controls of each SAE too (random directions, the same encoded by matching pursuit,
+    principal components, neurons), by core, dark_matter and geometry, into
+    `results/controls/NAME`."""
     device: str = "auto"
     """Where SAE and model run: "auto" is a GPU where there is one."""
 

@@ -195,7 +195,7 @@ def test_controls_are_measured_beside_their_sae(
     code, _, err = eval_all(capsys, *args, "--only", "core", "geometry", "firing")
     assert code == 0, err
     folder = runs[0] / "results" / "controls"
-    for name in ("random", "pca", "neuron"):
+    for name in ("random", "random_pursuit", "pca", "neuron"):
         control = Control.load(folder / name)
         assert control.of == checkpoint.fingerprint(checkpoint.load(runs[0]))
         assert control.provenance.kind == f"{name} control"
@@ -205,7 +205,9 @@ def test_controls_are_measured_beside_their_sae(
         ]
         found = EvalResult.load(folder / name, "core")
         assert found.sae_fingerprint == control.sae_fingerprint
-        assert found.metrics["l0_mean"].value == pytest.approx(4, abs=0.01)
+        # A pursuit may take a latent twice.
+        near = 0.5 if name == "random_pursuit" else 0.01
+        assert found.metrics["l0_mean"].value == pytest.approx(4, abs=near)
     before = written(runs[0])
     assert eval_all(capsys, *args, "--only", "core", "geometry", "firing")[0] == 0
     assert written(runs[0]) == before

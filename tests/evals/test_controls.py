@@ -18,6 +18,7 @@ from saekit.evals._controls import (
     pca_sae,
     random_sae,
 )
+from saekit.evals._controls import random_pursuit_sae as pursuit_sae
 from saekit.evals._linear import Moments
 from saekit.evals.core import CoreConfig
 from saekit.sae import SAE, JumpReLU, MatchingPursuit, ReLU, TopK
@@ -205,11 +206,35 @@ def test_a_trained_sae_is_better_than_its_random_control(
 ) -> None:
     trained = checkpoint.load(tiny_run)
     made = controls(trained, tiny_cache)
-    assert list(made) == ["random", "pca", "neuron"]
+    assert list(made) == ["random", "random_pursuit", "pca", "neuron"]
     found = {name: core(sae, tiny_cache, "test") for name, sae in made.items()}
     ours = core(trained, tiny_cache, "test")
+    pursuit = found.pop("random_pursuit")
     assert {control["l0_mean"] for control in found.values()} == {ours["l0_mean"]}
-    assert ours["ev"] > found["random"]["ev"]
+    assert pursuit["l0_mean"] <= ours["l0_mean"]
+    assert ours["ev"] > found["random"]["ev"] and pursuit["ev"] > found["random"]["ev"]
+
+
+def test_a_random_pursuit_has_the_directions_of_the_random_sae_and_another_encoder(
+    tiny_cache: ActivationCache, train: Tensor
+) -> None:
+    like = KINDS["topk"]()
+    plain, pursuit = (make(like, tiny_cache, HOOK, seed=2) for make in (random_sae, pursuit_sae))
+    assert torch.equal(pursuit.W_dec, plain.W_dec) and torch.equal(pursuit.b_dec, plain.b_dec)
+    assert isinstance(pursuit.activation, MatchingPursuit)
+    assert pursuit.activation.steps == round(l0_of(like, tiny_cache, HOOK)) > 1
+    left = (train[0] - pursuit.b_dec).double()
+    for _ in range(pursuit.activation.steps):
+        atom = int((pursuit.W_dec.double() @ left).argmax())
+        left -= (pursuit.W_dec[atom].double() @ left) * pursuit.W_dec[atom].double()
+    torch.testing.assert_close(train[0] - pursuit(train[:1])[0], left.float(), rtol=0, atol=1e-5)
+
+
+def test_a_matching_pursuit_has_one_random_control(tiny_cache: ActivationCache) -> None:
+    like = KINDS["matching_pursuit"]()
+    assert "random_pursuit" not in controls(like, tiny_cache, HOOK)
+    with pytest.raises(ConfigError, match="no random_pursuit control: the SAE is a matching purs"):
+        pursuit_sae(like, tiny_cache, HOOK)
 
 
 def test_controls_are_ordinary_saes_of_the_same_hook(
@@ -244,8 +269,8 @@ def test_what_cannot_be_compared_is_left_out_and_the_log_says_why(
     for sae, left, reason in (
         (silent, [], "L0 is 0, and a control's is at least 1"),
         (skip, [], "has a skip path"),
-        (dense, ["pca", "neuron"], "L0 is 16 of 16 latents"),
-        (wide, ["random"], "L0 is 32, and there are 16 directions"),
+        (dense, ["random_pursuit", "pca", "neuron"], "L0 is 16 of 16 latents"),
+        (wide, ["random", "random_pursuit"], "L0 is 32, and there are 16 directions"),
     ):
         caplog.clear()
         with caplog.at_level(logging.WARNING):
