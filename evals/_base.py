@@ -84,6 +84,9 @@ class Eval(ABC):
     """One evaluation of one SAE. A module of this folder offers a subclass as `EVAL`."""
 
     Config: ClassVar[type[EvalConfig]]
+    NORMALISED: ClassVar[bool] = False
+    """Whether it is right for SAEs that normalise each row, whose latents are in units of their
+    own row, so that W_enc and W_dec alone do not say what they read and add."""
 
     def __init__(
         self,
@@ -190,6 +193,12 @@ def evaluate(
         )
     hook = matching_hook(sae, cache, hook)
     folder = None if out is None else Path(out)
+    if sae.row_norm is not None and not kind.NORMALISED:
+        right = [name for name in _kinds.names() if _kinds.find(name).NORMALISED]
+        raise ConfigError(
+            f"evaluation '{name}' takes latents to be in units of the activations, and this SAE "
+            f"normalises each row first; {', '.join(right)} are right for it"
+        )
     with torch.no_grad():
         found: Findings = kind(cfg, sae, cache, hook, out=folder, progress=progress).run()
     result = EvalResult(

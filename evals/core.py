@@ -44,6 +44,7 @@ class CoreConfig(ResampledConfig):
 
 class Core(Eval):
     Config: ClassVar[type[EvalConfig]] = CoreConfig
+    NORMALISED = True
     cfg: CoreConfig
 
     def run(self) -> Findings:

@@ -83,6 +83,7 @@ class ExamplesConfig(EvalConfig):
 
 class Examples(Eval):
     Config: ClassVar[type[EvalConfig]] = ExamplesConfig
+    NORMALISED = True
     cfg: ExamplesConfig
 
     LATENTS_PER_FILE, LATENTS_PER_GROUP = 4096, 128

@@ -74,6 +74,7 @@ class GeometryConfig(EvalConfig):
 
 class Geometry(Eval):
     Config: ClassVar[type[EvalConfig]] = GeometryConfig
+    NORMALISED = True
     cfg: GeometryConfig
 
     def run(self) -> Findings:

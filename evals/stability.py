@@ -107,6 +107,7 @@ class _Dictionary:
 
 class Stability(Eval):
     Config: ClassVar[type[EvalConfig]] = StabilityConfig
+    NORMALISED = True
     cfg: StabilityConfig
 
     def run(self) -> Findings:

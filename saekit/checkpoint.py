@@ -6,6 +6,7 @@ written, or whose tensors were altered, is refused rather than read.
 """
 
 import json
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,24 @@ from torch import Tensor
 from saekit.errors import CheckpointError
 from saekit.files import file_sha256, write_atomic, write_json
 from saekit.results import Provenance
-from saekit.sae import SAE, Activation, JumpReLU, MatchingPursuit, ReLU, TopK
+from saekit.sae import (
+    SAE,
+    Activation,
+    JumpReLU,
+    LayerNorm,
+    MatchingPursuit,
+    ReLU,
+    RowNorm,
+    TopK,
+    UnitRow,
+)
 
 WEIGHTS = "sae.safetensors"
 CONFIG = "config.json"
 FORMAT = "saekit-sae"
-VERSION = 1
+VERSION = 2
+"""2 has `row_norm`, and the pursuit's `rest` and `once`. A file without them is written as version
+1, which every release reads."""
 
 
 def save(sae: SAE, folder: Path | str) -> str:
@@ -34,7 +47,7 @@ def save(sae: SAE, folder: Path | str) -> str:
     digest = file_sha256(folder / WEIGHTS)
     config = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSION if sae.row_norm or _needs_2(sae.activation) else 1,
         "activation": _activation_to_dict(sae.activation),
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
@@ -42,6 +55,8 @@ def save(sae: SAE, folder: Path | str) -> str:
         "fingerprint": digest,
         "provenance": sae.provenance.to_dict() if sae.provenance else None,
     }
+    if sae.row_norm is not None:
+        config["row_norm"] = _row_norm_to_dict(sae.row_norm)
     write_json(folder / CONFIG, config)
     return digest
 
@@ -73,12 +88,22 @@ def load(path: Path | str, device: str = "cpu") -> SAE:
         actual = file_sha256(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder / WEIGHTS} cannot be read: {error}") from error
-    if actual != config["fingerprint"]:
+    if actual != config.get("fingerprint"):
         raise CheckpointError(
             f"{folder / WEIGHTS} has SHA-256 {actual[:12]}..., {CONFIG} beside it says "
-            f"{config['fingerprint'][:12]}...: the file was altered or only partly written. Copy "
-            "the folder again from its source, or train again"
+            f"{str(config.get('fingerprint'))[:12]}...: the file was altered or only partly "
+            "written. Copy the folder again from its source, or train again"
         )
+    try:
+        return _sae(config, tensors)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder / CONFIG} is not what saekit writes ({type(error).__name__}: {error}): copy "
+            "the folder again from its source"
+        ) from error
+
+
+def _sae(config: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:
     provenance = config["provenance"]
     return SAE(
         W_enc=tensors["W_enc"],
@@ -87,6 +112,7 @@ def load(path: Path | str, device: str = "cpu") -> SAE:
         b_dec=tensors["b_dec"],
         activation=_activation_from_dict(config["activation"], tensors),
         W_skip=tensors.get("W_skip"),
+        row_norm=_row_norm_from_dict(config.get("row_norm")),
         provenance=Provenance.from_dict(provenance) if provenance else None,
     )
 
@@ -104,12 +130,17 @@ def read_config(folder: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a saekit SAE: its 'format' is not '{FORMAT}'")
-    if config["version"] > VERSION:
+    version = config.get("version")
+    if not isinstance(version, int) or version > VERSION:
         raise CheckpointError(
-            f"{path} is of format version {config['version']}, this saekit reads up to {VERSION}: "
+            f"{path} is of format version {version}, this saekit reads up to {VERSION}: "
             "upgrade saekit"
         )
     return config
+
+
+def _needs_2(activation: Activation) -> bool:
+    return isinstance(activation, MatchingPursuit) and bool(activation.rest or activation.once)
 
 
 def _activation_to_dict(activation: Activation) -> dict[str, Any]:
@@ -120,13 +151,11 @@ def _activation_to_dict(activation: Activation) -> dict[str, Any]:
             return {"kind": "topk", "k": k}
         case JumpReLU():
             return {"kind": "jumprelu"}
-        case MatchingPursuit(steps, residual, signed):
-            return {
-                "kind": "matching_pursuit",
-                "steps": steps,
-                "residual": residual,
-                "signed": signed,
-            }
+        case MatchingPursuit():
+            values = {"kind": "matching_pursuit", **asdict(activation)}
+            if not _needs_2(activation):
+                del values["rest"], values["once"]
+            return values
 
 
 def _activation_from_dict(values: dict[str, Any], tensors: dict[str, Tensor]) -> Activation:
@@ -138,9 +167,31 @@ def _activation_from_dict(values: dict[str, Any], tensors: dict[str, Tensor]) ->
         case "jumprelu":
             return JumpReLU(tensors["threshold"])
         case "matching_pursuit":
-            return MatchingPursuit(values["steps"], values["residual"], values["signed"])
+            return MatchingPursuit(**{key: v for key, v in values.items() if key != "kind"})
         case other:
             raise CheckpointError(
                 f"activation kind '{other}' is unknown to this saekit (relu, topk, jumprelu, "
                 "matching_pursuit): upgrade"
+            )
+
+
+def _row_norm_to_dict(how: RowNorm) -> dict[str, Any]:
+    match how:
+        case LayerNorm(eps):
+            return {"kind": "layer_norm", "eps": eps}
+        case UnitRow():
+            return {"kind": "unit_row"}
+
+
+def _row_norm_from_dict(values: dict[str, Any] | None) -> RowNorm | None:
+    if values is None:
+        return None
+    match values["kind"]:
+        case "layer_norm":
+            return LayerNorm(values["eps"])
+        case "unit_row":
+            return UnitRow()
+        case other:
+            raise CheckpointError(
+                f"row_norm '{other}' is unknown to this saekit (layer_norm, unit_row): upgrade"
             )

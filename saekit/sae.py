@@ -7,10 +7,12 @@ A matching pursuit is the exception: its latents come of several steps, each of 
 steps before have left (see `MatchingPursuit`).
 
 Whatever a trainer does to its input (centring by b_dec, scaling) is folded into these weights when
-it exports. Axes: batch, d_in, d_out (= d_in but for transcoders), d_sae (latents), k (latents kept
-a row).
+it exports. What hangs on the row cannot be: SAEs of some other tools normalise each row, which
+`row_norm` holds. Axes: batch, d_in, d_out (= d_in but for transcoders), d_sae (latents), k (latents
+kept a row).
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,12 +65,19 @@ class MatchingPursuit:
     signed: bool = False
     """Take the inner product that is largest in absolute value, so that latents may be negative.
     Otherwise a row stops where none is above 0."""
+    rest: float = 0.0
+    """A row stops once what is left of it is shorter than this, in units of x. No kind that is
+    trained here has one; SAELens does."""
+    once: bool = False
+    """A row stops with the first step that takes a latent again. As `rest`."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ConfigError(
                 f"steps={self.steps} must be at least 1: each takes one latent of a row"
             )
+        if not 0 <= self.rest < math.inf:
+            raise ConfigError(f"rest={self.rest} must be 0 or more: it is a length")
         if not 0 <= self.residual < 1:
             raise ConfigError(
                 f"residual={self.residual} must lie in 0..1, below 1: it is the share of a row's "
@@ -77,6 +86,46 @@ class MatchingPursuit:
 
 
 Activation = ReLU | TopK | JumpReLU | MatchingPursuit
+
+
+@dataclass(frozen=True)
+class LayerNorm:
+    """Each row is taken less its mean, over its standard deviation (of n - 1) plus eps. What is put
+    back is the standard deviation alone, as in the code of Gao et al. (2024)."""
+
+    eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eps < math.inf:
+            raise ConfigError(f"eps={self.eps} must be 0 or more: it keeps a constant row finite")
+
+    def normalise(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
+        return (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + self.eps)
+
+    def restore(
+        self, x_hat: Float[Tensor, "batch d_out"], x: Float[Tensor, "batch d_in"]
+    ) -> Float[Tensor, "batch d_out"]:
+        return x_hat * x.std(-1, keepdim=True) + x.mean(-1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class UnitRow:
+    """Each row is scaled to the length sqrt(d_in); a row of zeros stays one."""
+
+    def normalise(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
+        length = self._length(x)
+        return x / torch.where(length > 0, length, 1.0)
+
+    def restore(
+        self, x_hat: Float[Tensor, "batch d_out"], x: Float[Tensor, "batch d_in"]
+    ) -> Float[Tensor, "batch d_out"]:
+        return x_hat * self._length(x)
+
+    def _length(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch 1"]:
+        return x.norm(dim=-1, keepdim=True) / math.sqrt(x.shape[-1])
+
+
+RowNorm = LayerNorm | UnitRow
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +151,9 @@ class SAE:
     b_dec: Float[Tensor, " d_out"]
     activation: Activation
     W_skip: Float[Tensor, "d_in d_out"] | None = None
+    row_norm: RowNorm | None = None
+    """What is done to each row before all else, and undone to its reconstruction: latents are in
+    units of the normalised row. None for every SAE that was trained here."""
     provenance: Provenance | None = None
     """Where it comes from; None for weights made by hand."""
 
@@ -125,6 +177,11 @@ class SAE:
         if isinstance(self.activation, TopK) and self.activation.k > d_sae:
             raise ConfigError(
                 f"k={self.activation.k} exceeds d_sae={d_sae}: at most all latents can be kept"
+            )
+        if self.row_norm is not None and self.W_skip is not None:
+            raise ConfigError(
+                "an SAE has a W_skip or a row_norm: nothing says whether the skip path would read "
+                "rows before they are normalised or after"
             )
         if isinstance(self.activation, MatchingPursuit):
             self._check_atoms()
@@ -182,7 +239,11 @@ class SAE:
 
     def pre(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
         """Pre-activations: what the activation chooses from."""
-        return x @ self.W_enc + self.b_enc
+        return self.normalised(x) @ self.W_enc + self.b_enc
+
+    def normalised(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
+        """The rows as the encoder reads them: x itself where there is no `row_norm`."""
+        return x if self.row_norm is None else self.row_norm.normalise(x)
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
         """Latents as a dense matrix; for many rows or latents prefer `encode_sparse`."""
@@ -200,11 +261,15 @@ class SAE:
         padded to the widest row's count."""
         how = self.activation
         if isinstance(how, TopK):
+            x = self.normalised(x)
             return SparseCode(*kernels.topk_encode(x, self.W_enc, self.b_enc, how.k))
         if isinstance(how, MatchingPursuit):
+            x = self.normalised(x) - self.b_dec
             values, indices, _ = kernels.matching_pursuit(
-                x - self.b_dec, self.W_dec, how.steps, how.residual, how.signed
+                x, self.W_dec, how.steps, how.residual, how.signed
             )
+            if how.rest or how.once:
+                values = _cut(values, indices, x, self.W_dec, how)
             return SparseCode(*kernels.merge_repeats(values, indices))
         z = self.encode(x)
         # One slot at least, so that a batch on which nothing fires still has a code.
@@ -217,19 +282,21 @@ class SAE:
         z: Float[Tensor, "batch d_sae"] | SparseCode,
         x: Float[Tensor, "batch d_in"] | None = None,
     ) -> Float[Tensor, "batch d_out"]:
-        """Reconstruction from latents, dense or sparse; `x` is needed where there is a skip
-        path."""
+        """Reconstruction from latents, dense or sparse; `x` is needed where there is a skip path or
+        a `row_norm`."""
         if isinstance(z, SparseCode):
             x_hat = kernels.sparse_decode(z.values, z.indices, self.W_dec) + self.b_dec
         else:
             x_hat = z @ self.W_dec + self.b_dec
-        if self.W_skip is None:
+        if self.W_skip is None and self.row_norm is None:
             return x_hat
         if x is None:
-            raise ConfigError(
-                "this SAE has a skip path: decode needs the input x beside the latents"
-            )
-        return x_hat + x @ self.W_skip
+            what = "has a skip path" if self.row_norm is None else "normalises each row"
+            raise ConfigError(f"this SAE {what}: decode needs the input x beside the latents")
+        if self.W_skip is not None:
+            return x_hat + x @ self.W_skip
+        assert self.row_norm is not None
+        return self.row_norm.restore(x_hat, x)
 
     def __call__(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
         """The reconstruction of x (for a transcoder: the prediction of its target)."""
@@ -254,3 +321,26 @@ class SAE:
     @property
     def device(self) -> torch.device:
         return self.W_enc.device
+
+
+def _cut(
+    values: Float[Tensor, "batch steps"],
+    indices: Int[Tensor, "batch steps"],
+    left: Float[Tensor, "batch d_in"],
+    W_dec: Float[Tensor, "d_sae d_in"],
+    how: MatchingPursuit,
+) -> Float[Tensor, "batch steps"]:
+    """A pursuit's steps without those that come after a row's end by `rest` or `once`: what a step
+    takes does not hang on whether the row goes on after it."""
+    going = torch.ones(len(values), dtype=torch.bool, device=values.device)
+    kept = torch.zeros_like(values)
+    for step in range(values.shape[1]):
+        value, latent = values[:, step] * going, indices[:, step]
+        kept[:, step] = value
+        left = left - value[:, None] * W_dec[latent]
+        if how.rest:
+            going = going & (left.norm(dim=1) >= how.rest)
+        if how.once:
+            before = (indices[:, :step] == latent[:, None]) & (values[:, :step] != 0)
+            going = going & ~before.any(1)
+    return kept

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from saekit import SAE, JumpReLU, MatchingPursuit, ReLU, TopK, load, save
 from saekit.checkpoint import fingerprint
 from saekit.errors import CheckpointError
-from saekit.sae import Activation
+from saekit.sae import Activation, LayerNorm, UnitRow
 
 
 def random_sae(activation: Activation, skip: bool = False) -> SAE:
@@ -54,6 +55,39 @@ def test_a_pursuit_comes_back_as_it_was(n_atoms: int, tmp_path: Path) -> None:
     torch.testing.assert_close(read.encode(x), sae.encode(x))
 
 
+@pytest.mark.parametrize("norm", [LayerNorm(1e-3), UnitRow()], ids=lambda n: type(n).__name__)
+def test_how_rows_are_normalised_comes_back_and_needs_version_2(
+    norm: LayerNorm | UnitRow, tmp_path: Path
+) -> None:
+    save(random_sae(ReLU()), tmp_path / "plain")
+    save(replace(random_sae(ReLU()), row_norm=norm), tmp_path / "normalised")
+    assert load(tmp_path / "normalised").row_norm == norm
+    versions = [
+        json.loads((tmp_path / name / "config.json").read_text())["version"]
+        for name in ("plain", "normalised")
+    ]
+    assert versions == [1, 2]
+
+
+def test_where_a_pursuit_stops_comes_back(tmp_path: Path) -> None:
+    how = MatchingPursuit(4, rest=0.5, once=True)
+    sae = SAE.of_atoms(torch.nn.functional.normalize(torch.randn(7, 5)), torch.randn(5), how)
+    save(sae, tmp_path)
+    assert load(tmp_path).activation == how
+    assert json.loads((tmp_path / "config.json").read_text())["version"] == 2
+
+
+@pytest.mark.parametrize("key", ["activation", "provenance", "version", "fingerprint"])
+def test_a_config_that_lacks_something_is_refused(key: str, tmp_path: Path) -> None:
+    save(random_sae(ReLU()), tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    del values[key]
+    path.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"not what saekit writes|version None|SHA-256"):
+        load(tmp_path)
+
+
 def test_altered_weights_are_refused(tmp_path: Path) -> None:
     save(random_sae(ReLU()), tmp_path)
     file = tmp_path / "sae.safetensors"
@@ -83,5 +117,5 @@ def test_a_file_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     save(random_sae(ReLU()), tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "version": 99}))
-    with pytest.raises(CheckpointError, match="format version 99, this saekit reads up to 1"):
+    with pytest.raises(CheckpointError, match="format version 99, this saekit reads up to 2"):
         load(tmp_path)

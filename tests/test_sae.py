@@ -8,7 +8,7 @@ from torch import Tensor
 
 from saekit import SAE, JumpReLU, MatchingPursuit, ReLU, SparseCode, TopK
 from saekit.errors import ConfigError
-from saekit.sae import Activation
+from saekit.sae import Activation, LayerNorm, UnitRow
 
 ACTIVATIONS: list[Activation] = [
     ReLU(),
@@ -225,3 +225,59 @@ def test_a_pursuit_stays_one_in_half_precision() -> None:
 def test_a_pursuit_that_takes_nothing_is_refused(steps: int, residual: float, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         MatchingPursuit(steps, residual)
+
+
+def test_a_pursuit_that_stops_takes_what_it_took_until_then() -> None:
+    """Two atoms 60 degrees apart take turns: (1, 0.9) gives 1.279, 0.360, then the second again."""
+    atoms = ([1.0, 0.0], [0.5, 0.75**0.5])
+    sae, x = pursuit(*atoms, steps=9), torch.tensor([[1.0, 0.9]])
+    once = replace(sae, activation=MatchingPursuit(9, once=True))
+    three = replace(sae, activation=MatchingPursuit(3))
+    torch.testing.assert_close(once.encode(x), three.encode(x))
+    left = (x - replace(sae, activation=MatchingPursuit(2))(x)).norm()
+    stopped = replace(sae, activation=MatchingPursuit(9, rest=float(left) + 1e-3))
+    two = replace(sae, activation=MatchingPursuit(2))
+    torch.testing.assert_close(stopped.encode(x), two.encode(x))
+    with pytest.raises(ConfigError, match=r"rest=-1\.0 must be 0 or more"):
+        MatchingPursuit(3, rest=-1.0)
+
+
+@pytest.mark.parametrize("norm", [LayerNorm(), UnitRow()], ids=lambda n: type(n).__name__)
+@any_activation
+def test_an_sae_that_normalises_rows_is_one_of_the_normalised_rows(
+    norm: LayerNorm | UnitRow, activation: Activation
+) -> None:
+    inner, x = random_sae(activation), 10 * torch.randn(20, 5) + 3
+    sae = replace(inner, row_norm=norm)
+    rows = torch.stack([_by_hand(norm, row) for row in x])
+    torch.testing.assert_close(sae.encode(x), inner.encode(rows))
+    back = inner(rows)
+    if isinstance(norm, LayerNorm):
+        expected = back * x.std(1, keepdim=True) + x.mean(1, keepdim=True)
+    else:
+        expected = back * x.norm(dim=1, keepdim=True) / 5**0.5
+    torch.testing.assert_close(sae(x), expected)
+    torch.testing.assert_close(sae.decode(sae.encode(x), x), expected)
+    with pytest.raises(ConfigError, match="normalises each row: decode needs the input x"):
+        sae.decode(sae.encode(x))
+
+
+def _by_hand(norm: LayerNorm | UnitRow, row: Tensor) -> Tensor:
+    values = row.tolist()
+    if isinstance(norm, UnitRow):
+        length = sum(v * v for v in values) ** 0.5
+        return torch.tensor([v * 5**0.5 / length for v in values])
+    mean = sum(values) / 5
+    deviation = (sum((v - mean) ** 2 for v in values) / 4) ** 0.5
+    return torch.tensor([(v - mean) / (deviation + 1e-5) for v in values])
+
+
+def test_a_row_of_zeros_is_normalised_to_zeros() -> None:
+    sae = replace(random_sae(ReLU()), row_norm=UnitRow())
+    assert sae(torch.zeros(2, 5)).equal(torch.zeros(2, 5))
+    assert sae.encode(torch.zeros(2, 5)).isfinite().all()
+
+
+def test_a_skip_path_and_normalised_rows_are_not_both_there() -> None:
+    with pytest.raises(ConfigError, match="a W_skip or a row_norm"):
+        replace(random_sae(ReLU()), W_skip=torch.zeros(5, 5), row_norm=UnitRow())
