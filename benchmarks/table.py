@@ -1,4 +1,4 @@
-"""Makes the tables of docs/peers.md, docs/kinds.md, docs/dark_matter.md and
+"""Makes the tables of docs/peers.md, docs/interop.md, docs/kinds.md, docs/dark_matter.md and
 saekit/kernels/README.md from benchmarks/results/:
 
     python benchmarks/table.py
@@ -469,8 +469,37 @@ def _ending(line: Line) -> float:
     return statistics.mean(losses[-max(1, round(LAST * len(losses))) :])
 
 
+def interop(results: dict[str, list[Line]]) -> str:
+    """What was checked against other tools, by version."""
+    rows = [
+        (
+            _peer(line),
+            line["way"],
+            _cell(line["case"]),
+            "" if line.get("z") is None else f"{line['z']:.1e}",
+            "" if line.get("x_hat") is None else f"{line['x_hat']:.1e}",
+            _outcome(line),
+        )
+        for line in newest(results.get("interop", []), "impl", "way", "case")
+    ]
+    columns = ("tool", "way", "SAE", "latents apart", "reconstructions apart", "outcome")
+    return markdown(columns, rows)
+
+
+def _peer(line: Line) -> str:
+    package, version = next(iter(line["peer_versions"].items()))
+    return f"{package} {version}"
+
+
+def _outcome(line: Line) -> str:
+    if line.get("refused"):
+        return f"refused: {_cell(line['refused'])}"
+    return "agrees" if line["passed"] else f"**differs** {_cell(line.get('error'))}"
+
+
 KERNELS = "../saekit/kernels/README.md"
 PAGES: dict[str, dict[str, Callable[[dict[str, list[Line]]], str]]] = {
+    "interop.md": {"interop": interop},
     "peers.md": {"harvest": harvest, "text to disk": text_to_disk, "reader": reader},
     "kinds.md": {
         "demo": trained("kinds", "demo"),

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from saekit.activations_cache.config import HarvestConfig
     from saekit.activations_cache.harvest import harvest
     from saekit.activations_cache.store import ActivationCache
-    from saekit.checkpoint import load, save
+    from saekit.checkpoint import save
     from saekit.evals._base import evaluate
+    from saekit.interop import load
     from saekit.sae import SAE, JumpReLU, MatchingPursuit, ReLU, SparseCode, TopK
     from saekit.trainers._loop import train
 
@@ -24,7 +25,7 @@ _HOME = {
     "HarvestConfig": "saekit.activations_cache.config",
     "harvest": "saekit.activations_cache.harvest",
     "ActivationCache": "saekit.activations_cache.store",
-    "load": "saekit.checkpoint",
+    "load": "saekit.interop",
     "save": "saekit.checkpoint",
     "evaluate": "saekit.evals._base",
     "SAE": "saekit.sae",

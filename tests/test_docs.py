@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from saekit import cli
+from saekit import cli, interop
 from saekit.evals import _kinds as eval_kinds
 from saekit.trainers import _kinds as sae_kinds
 
@@ -63,8 +63,15 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return _module(ROOT / "benchmarks" / "table.py")
 
 
+def test_every_format_stands_in_its_table() -> None:
+    page = (ROOT / "saekit" / "interop" / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"^\| `(\w+)`", page, re.MULTILINE)
+    assert sorted(named) == interop.names()
+
+
 @pytest.mark.parametrize(
-    "name", ["peers.md", "kinds.md", "dark_matter.md", "../saekit/kernels/README.md"]
+    "name",
+    ["peers.md", "interop.md", "kinds.md", "dark_matter.md", "../saekit/kernels/README.md"],
 )
 def test_the_tables_of_a_page_are_those_of_the_results(name: str, tables: ModuleType) -> None:
     page = (ROOT / "docs" / name).read_text(encoding="utf-8")

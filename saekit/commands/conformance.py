@@ -23,8 +23,9 @@ class ConformanceArgs(Args):
     check an SAE of any library: any object with encode(x) and decode(z)."""
 
     what: Positional[str | None] = None
-    """Folder of an SAE, or python.module:name of an object with encode and decode, or of something
-    that makes one when it is called. Modules are looked for in the current folder, too."""
+    """Folder of an SAE of any format, or python.module:name of an object with encode and decode, or
+    of something that makes one when it is called. Modules are looked for in the current folder,
+    too."""
     cache: str | None = None
     """Activations that the SAE is for, to check it on; otherwise Gaussian rows of many lengths,
     which leave out whether x_hat is in the units of x."""
@@ -100,15 +101,16 @@ def resolve(what: str) -> "Autoencoder":
 
     Raises ConfigError where there is neither, and SaekitError where the call fails.
     """
-    from saekit import checkpoint
     from saekit.conformance import Autoencoder
+    from saekit.interop import load
 
     if Path(what).exists() or ":" not in what:
-        sae = checkpoint.load(what)
-        if sae.W_skip is not None or sae.d_out != sae.d_in:
+        sae = load(what)
+        if sae.W_skip is not None or sae.row_norm is not None or sae.d_out != sae.d_in:
             raise ConfigError(
-                f"{what} is a transcoder, which decodes from x, too: only what encodes and decodes "
-                "the same activations can be checked"
+                f"{what} decodes from x, too, or to another width (a transcoder, or an SAE that "
+                "normalises each row): only what decodes from latents alone to the width that it "
+                "reads can be checked"
             )
         return sae
     module, _, name = what.partition(":")

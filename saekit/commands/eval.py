@@ -16,7 +16,7 @@ class EvalArgs(ConfigArgs):
     """Evaluate a sparse autoencoder on a cache, by default on documents that training never saw."""
 
     sae: Path
-    """Folder of the SAE: a run."""
+    """Folder of the SAE: a run, or one of another tool's (then name the cache and the hook)."""
     cache: str | None = None
     """Activation cache, a folder or a URL. Where none is given, the one that the run was trained
     on, or if that is shuffled the one that it was made from."""
@@ -28,10 +28,10 @@ class EvalArgs(ConfigArgs):
 
 def run(argv: list[str]) -> None:
     from saekit.activations_cache.store import ActivationCache
-    from saekit.checkpoint import load
     from saekit.commands import _eval_all
     from saekit.evals import _kinds
     from saekit.evals._base import evaluate
+    from saekit.interop import load
     from saekit.results import RESULTS
 
     name, argv = choice(argv, "eval", "NAME", [*_kinds.names(), "all"])

@@ -134,4 +134,4 @@ def test_a_folder_without_an_sae_and_a_transcoder_are_refused(
     sae = SAE(torch.eye(3), torch.zeros(3), torch.eye(3), torch.zeros(3), TopK(1), W_skip=skip)
     checkpoint.save(sae, tmp_path)
     assert main(["conformance", str(tmp_path)]) == 2
-    assert "is a transcoder, which decodes from x, too" in capsys.readouterr().err
+    assert "decodes from x, too, or to another width (a transcoder" in capsys.readouterr().err
