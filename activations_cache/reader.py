@@ -55,6 +55,7 @@ class Reader:
         shuffle: Shuffle | None = None,
         rank: int = 0,
         ranks: int = 1,
+        part: tuple[int, int] = (0, 1),
         epochs: int | None = 1,
         drop_last: bool = False,
         start: int = 0,
@@ -65,7 +66,8 @@ class Reader:
         reuse: bool = False,
     ) -> None:
         """`epochs=None` goes on for ever; `drop_last` leaves out an epoch's last batch where it is
-        not full; `start` is how many batches to pass over, at no cost, and `state` what another
+        not full; `part` (which, of how many) gives a part of each batch, and needs `drop_last`;
+        `start` is how many batches to pass over, at no cost, and `state` what another
         reader's `state()` gave. `dtype=None` gives activations as they are stored. `prefetch` is
         how many batches a thread holds ready; at 0 there is no thread. With `reuse`, on a CPU,
         batches lie in turn in `prefetch` + 2 places, and each holds until as many more were taken:
@@ -79,6 +81,12 @@ class Reader:
                 f"batch_size={batch_size} must be at least 1, prefetch={prefetch} and "
                 f"start={start} at least 0, and rank={rank} must lie in 0..{ranks - 1}"
             )
+        if not 0 <= part[0] < part[1] or (part[1] > 1 and (batch_size % part[1] or not drop_last)):
+            raise ConfigError(
+                f"part={part} needs batches whose size ({batch_size:,}) is a multiple of "
+                f"{part[1]}, all of them full (drop_last), and a number in 0..{part[1] - 1}"
+            )
+        self._part = part
         shuffle = shuffle or ("blocks" if cache.shuffled else "rows")
         kind = _Rows if shuffle == "rows" else _Blocks
         order = kind(cache, split, exclude, None if shuffle == "none" else seed)
@@ -119,7 +127,8 @@ class Reader:
     def __next__(self) -> Batch:
         if self._prefetch == 0:
             epoch, first, last = next(self._spans)
-            batch = self._source.batch(epoch, first, last, self._source.space(last - first))
+            rows = self._ours(first, last)
+            batch = self._source.batch(epoch, *rows, self._source.space(rows[1] - rows[0]))
             self._at = epoch, last
             return batch
         self._fill()
@@ -190,6 +199,12 @@ class Reader:
             epoch, row, self._rows, self._batch_size, self._epochs, self._drop_last
         )
 
+    def _ours(self, first: int, last: int) -> tuple[int, int]:
+        """The part of a batch that is read here."""
+        number, of = self._part
+        each = (last - first) // of
+        return (first + number * each, first + (number + 1) * each) if of > 1 else (first, last)
+
     def _fill(self) -> None:
         while len(self._ahead) < self._prefetch:
             span = next(self._spans, None)
@@ -200,8 +215,9 @@ class Reader:
             # The thread knows the source, never the reader: so a reader that is dropped goes, and
             # its thread with it.
             # Memory from here, not from the thread: what the caller lets go of is used again.
-            space = self._source.space(span[2] - span[1])
-            made = self._pool.submit(self._source.batch, *span, space)
+            first, last = self._ours(*span[1:])
+            space = self._source.space(last - first)
+            made = self._pool.submit(self._source.batch, span[0], first, last, space)
             self._ahead.append(((span[0], span[2]), made))
 
 

@@ -7,6 +7,7 @@ interrupted.
 
 import argparse
 import logging
+import os
 import pkgutil
 import sys
 from collections.abc import Sequence
@@ -73,10 +74,12 @@ def _help(name: str) -> str:
 def _show_log() -> None:
     """What saekit logs, on standard error; other libraries keep their own ways."""
     ours = logging.getLogger("saekit")
-    ours.setLevel(logging.INFO)
+    # What several processes would all say, the first of them says.
+    ours.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     if not ours.handlers:
         ours.addHandler(logging.StreamHandler())
 
 
 def _complain(message: str) -> None:
-    print(f"saekit: {message}", file=sys.stderr)
+    rank = os.environ.get("RANK")
+    print(f"saekit{f' (rank {rank})' if rank else ''}: {message}", file=sys.stderr)

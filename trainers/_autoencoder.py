@@ -82,6 +82,17 @@ class AutoencoderConfig(TrainConfig):
             raise ConfigError(f"resample_every={self.resample_every} must be at least 1 step")
 
 
+LATENTS = {
+    "W_enc": 1,
+    "W_dec": 0,
+    "b_enc": 0,
+    "anchor": 0,
+    "dead.since": 0,
+    "dead.fired": 0,
+}
+"""See `Trainer.LATENTS`."""
+
+
 class Autoencoder(Trainer):
     """See the module. A kind gives `losses` and `export`."""
 
@@ -96,12 +107,12 @@ class Autoencoder(Trainer):
 
     def __init__(self, cfg: AutoencoderConfig, d_in: int) -> None:
         super().__init__(cfg, d_in)
-        rows = unit_rows(cfg.d_sae, d_in)
+        rows = unit_rows(cfg.d_sae, d_in, self.mesh)
         self.W_dec = nn.Parameter(rows)
         norm = cfg.encoder_norm or (1.0 if "W_enc" in self.frozen() else self.encoder_norm())
         # Transposed in memory: a latent's encoder weights lie together, as its gradient is made.
         self.W_enc = nn.Parameter((norm * rows).T)
-        self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae))
+        self.b_enc = nn.Parameter(torch.zeros(self.n_latents))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
         self.register_buffer("variance", torch.ones(()))
         self.register_buffer("l0", torch.zeros(()), persistent=False)
@@ -122,7 +133,8 @@ class Autoencoder(Trainer):
     ) -> dict[str, Float[Tensor, ""]]:
         """The losses of a sparse code: its error, and what revives the dead. Counts what fired."""
         values, indices, offsets = code
-        error = centred - kernels.sparse_decode(values, indices, self.W_dec, offsets)
+        part = kernels.sparse_decode(values, indices, self.W_dec, offsets)
+        error = centred - self.mesh.add_up(part)
         self.count(code, len(centred))
         return {"mse": error.square().sum(1).mean(), **self.revival(centred, error)}
 
@@ -130,7 +142,7 @@ class Autoencoder(Trainer):
         """Note what fired in a batch of so many rows."""
         values, indices, _ = code
         self.dead.saw(values, indices, rows)
-        self.l0 = (values.detach() != 0).sum() / rows
+        self.l0 = self.per_row((values.detach() != 0).sum(), rows)
 
     def revival(
         self, centred: Float[Tensor, "batch d_in"], error: Float[Tensor, "batch d_in"]
@@ -165,17 +177,25 @@ class Autoencoder(Trainer):
         """
         if latents is None:
             latents = self._dead()
-        if len(latents) == 0:
+        n_latents = self.over_latents(len(latents))
+        if n_latents == 0:
             return error.new_zeros(())
-        k_aux = min(self.cfg.k_aux or self.d_in // 2 or 1, len(latents))
+        k_aux = min(self.cfg.k_aux or self.d_in // 2 or 1, n_latents)
         pre = centred @ self.W_enc[:, latents] + self.b_enc[latents]
         if weight is not None:
             pre = pre * weight
-        mute = pre.detach().amax(0) <= 0
-        values, indices = pre.topk(k_aux, dim=1, sorted=False)
+        mute = self.mesh.reduce(pre.detach().amax(0), "data", "max") <= 0
+        offsets = None
+        if self.mesh.latent == 1:
+            values, indices = pre.topk(k_aux, dim=1, sorted=False)
+        else:
+            most = self.over_latents(len(latents), "max")
+            indices, offsets = kernels.row_topk(pre.detach(), k_aux, self.mesh, most)
+            values = pre[kernels.rows_of(offsets), indices]
         values = torch.where(mute[indices], values, values.relu())
-        missed = error - kernels.sparse_decode(values, indices, self.W_dec[latents])
-        share = missed.square().sum(1).mean() / variance_of(error)
+        part = kernels.sparse_decode(values, indices, self.W_dec[latents], offsets)
+        missed = error - self.mesh.add_up(part)
+        share = missed.square().sum(1).mean() / variance_of(error, self.mesh)
         return self.cfg.auxk_coef * self.variance * share
 
     def _ghost(

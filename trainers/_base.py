@@ -9,6 +9,7 @@ coefficient that was published under another convention is turned into ours by
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -17,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saekit.config import TrainConfig
+from saekit.distributed import ALONE, Mesh, here
 from saekit.errors import ConfigError
 from saekit.sae import SAE, JumpReLU
 from saekit.seeds import stream
@@ -63,12 +65,20 @@ class Trainer(nn.Module):
     """What must be in a `Batch` beside x."""
     FREEZES: ClassVar[dict[str, tuple[str, ...]]] = {}
     """The parameters that `freeze` means by "encoder" and by "decoder"."""
+    LATENTS: ClassVar[Mapping[str, int]] = {}
+    """The tensors of the state that have latents, and along which axis. A kind that several
+    processes can train together says so by this, in its own class; one made from it does not
+    inherit that."""
 
     def __init__(self, cfg: TrainConfig, d_in: int) -> None:
         super().__init__()
         self.cfg = cfg
         self.d_in = d_in
-        self.dead = DeadLatents(cfg.d_sae, cfg.dead_after)
+        self.mesh = here()
+        """The processes that this SAE is trained by, which share out its latents and the rows."""
+        self.n_latents = cfg.d_sae // self.mesh.latent
+        """Latents that are held here."""
+        self.dead = DeadLatents(self.n_latents, cfg.dead_after, self.mesh)
         self.step = 0
         """How many steps were taken; the loop counts."""
         self.generator = torch.Generator()
@@ -106,6 +116,16 @@ class Trainer(nn.Module):
         """Between steps: give dead latents new weights, where the config says that it is time.
         Returns those that were given some."""
         return None
+
+    def per_row(self, n: Int[Tensor, ""] | Float[Tensor, ""], rows: int) -> Float[Tensor, ""]:
+        """What is counted here on so many rows, as a mean over the rows of the whole batch."""
+        return self.mesh.reduce(n, "all") / (rows * self.mesh.data)
+
+    def over_latents(self, n: int, how: Literal["sum", "max"] = "sum") -> int:
+        """What is counted of the latents held here, of all."""
+        if self.mesh.latent == 1:
+            return n
+        return int(self.mesh.reduce(torch.tensor(n), "latent", how))
 
     def metrics(self) -> dict[str, float]:
         """Figures of the last batch for the log."""
@@ -191,11 +211,27 @@ def fold_input_scale(sae: SAE, scale: float) -> SAE:
     return replace(sae, b_enc=sae.b_enc / scale, b_dec=sae.b_dec / scale, activation=activation)
 
 
-def unit_rows(d_sae: int, d_in: int) -> Float[Tensor, "{d_sae} {d_in}"]:
-    """Random directions."""
-    rows = torch.randn(d_sae, d_in)
+def unit_rows(d_sae: int, d_in: int, mesh: Mesh = ALONE) -> Float[Tensor, "latent {d_in}"]:
+    """Random directions; of a mesh, those of the latents held here, as one process draws them."""
+    held = mesh.held(d_sae)
+    ends = [*range(DRAWN_AT_ONCE, d_sae - DRAWN_AT_ONCE + 1, DRAWN_AT_ONCE), d_sae]
+    rows = torch.empty(held.stop - held.start, d_in)
+    first = 0
+    for end in [d_sae] if mesh.latent == 1 else ends:
+        drawn = torch.randn(end - first, d_in)
+        ours = slice(max(first, held.start), min(end, held.stop))
+        if ours.start < ours.stop:
+            rows[ours.start - held.start : ours.stop - held.start] = drawn[
+                ours.start - first : ours.stop - first
+            ]
+        first = end
     normalise_rows(rows)
     return rows
+
+
+DRAWN_AT_ONCE = 8_192
+"""Rows; torch draws normal numbers 16 at a time, so that a multiple of 16 is drawn as a part of
+more would be."""
 
 
 @torch.no_grad()
@@ -226,10 +262,11 @@ def keep_near(
     W.copy_(torch.where(along < cosine * norm, norm * back, W))
 
 
-def variance_of(x: Float[Tensor, "row d_in"]) -> Float[Tensor, ""]:
-    """Variance about the mean, summed over d_in. A tiny floor keeps a constant x from dividing by
-    0."""
-    return (x - x.mean(0)).square().sum(1).mean().clamp_min(1e-12)
+def variance_of(x: Float[Tensor, "row d_in"], mesh: Mesh = ALONE) -> Float[Tensor, ""]:
+    """Variance about the mean, summed over d_in, of the rows of a mesh. A tiny floor keeps a
+    constant x from dividing by 0."""
+    about = x - mesh.mean(x.mean(0))
+    return mesh.mean(about.square().sum(1).mean()).clamp_min(1e-12)
 
 
 Centre = Literal["geometric_median", "mean", "zero"]

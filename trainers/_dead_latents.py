@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from saekit.distributed import ALONE, Mesh
+
 
 class DeadLatents(nn.Module):
     """Tokens since each latent last fired; dead are those for which it is `after` or more."""
@@ -12,9 +14,9 @@ class DeadLatents(nn.Module):
     fired: Tensor
     """Rows on which each latent fired since `fired` was last taken."""
 
-    def __init__(self, d_sae: int, after: int) -> None:
+    def __init__(self, d_sae: int, after: int, mesh: Mesh = ALONE) -> None:
         super().__init__()
-        self.after = after
+        self.after, self.mesh = after, mesh
         self.register_buffer("since", torch.zeros(d_sae, dtype=torch.int64))
         self.register_buffer("fired", torch.zeros(d_sae, dtype=torch.int64))
 
@@ -31,9 +33,11 @@ class DeadLatents(nn.Module):
 
     @torch.no_grad()
     def count(self, fired: Int[Tensor, " d_sae"], rows: int) -> None:
-        """Count a batch of `rows`, on `fired` of which each latent fired."""
+        """Count a batch of `rows`, on `fired` of which each latent fired; of a mesh, the rows that
+        are held here."""
+        fired = self.mesh.reduce(fired, "data")
         self.fired += fired
-        self.since += rows
+        self.since += rows * self.mesh.data
         self.since.masked_fill_(fired > 0, 0)
 
     def take_fired(self) -> Int[Tensor, " d_sae"]:
@@ -48,4 +52,5 @@ class DeadLatents(nn.Module):
 
     @property
     def share(self) -> float:
-        return float(self.mask.float().mean())
+        share = self.mask.float().mean()
+        return float(self.mesh.reduce(share, "latent") / self.mesh.latent)

@@ -17,6 +17,7 @@ from torch import Tensor
 from saekit.activations_cache.reader import Reader
 from saekit.activations_cache.store import ActivationCache
 from saekit.config import TrainConfig
+from saekit.distributed import ALONE, Mesh
 from saekit.errors import ConfigError, SaekitError
 from saekit.progress import bar
 from saekit.sae import SAE
@@ -48,16 +49,18 @@ def train(
     device: str = "cpu",
     progress: bool = False,
     callbacks: Iterable[Callback] = (),
+    mesh: Mesh = ALONE,
 ) -> SAE:
     """Fit the kind of SAE that `cfg` is the config of, to the training split of a cache.
 
     With `out`, the run is written there, can be stopped at any moment, and goes on with the same
-    call. `hook` may be left out where the cache holds one. Raises ConfigError where `out` holds
-    another run or the kind cannot be trained on this cache, and SaekitError where the loss is no
-    longer a number.
+    call. `hook` may be left out where the cache holds one. All processes of a `mesh`
+    (`saekit.distributed`) make the call together, and train one SAE. Raises ConfigError where
+    `out` holds another run or the kind cannot be trained on this cache or mesh, and SaekitError
+    where the loss is no longer a number.
     """
     spec = RunSpec(config=cfg, hook=hook, out=out, callbacks=tuple(callbacks))
-    (sae,) = train_many([spec], cache, device=device, progress=progress)
+    (sae,) = train_many([spec], cache, device=device, progress=progress, mesh=mesh)
     return sae
 
 
@@ -67,6 +70,7 @@ def train_many(
     *,
     device: str = "cpu",
     progress: bool = False,
+    mesh: Mesh = ALONE,
 ) -> list[SAE]:
     """Fit several SAEs to one cache; each comes out as it would alone, bit for bit.
 
@@ -77,7 +81,7 @@ def train_many(
     folders = [Path(spec.out).resolve() for spec in specs if spec.out is not None]
     if len(set(folders)) < len(folders):
         raise ConfigError("two of the runs would be written to the same folder: name each its own")
-    runs = [Run(s.config, cache, s.hook, s.out, device, s.callbacks) for s in specs]
+    runs = [Run(s.config, cache, s.hook, s.out, device, s.callbacks, mesh) for s in specs]
     saes = [run.finished() for run in runs]
     groups: dict[tuple[object, ...], list[int]] = {}
     for i, run in enumerate(runs):
@@ -113,8 +117,10 @@ class _Together:
             run.begin(self._sampler(run.hook))
         self._sample = {}
         results: dict[Run, SAE | Diverged] = {}
+        mesh = self.runs[0].mesh
         try:
-            self._steps(results)
+            with mesh.taking_steps(", ".join(str(run.out or run.name) for run in self.runs)):
+                self._steps(results)
         finally:
             for run in self.runs:
                 run.log.close()
@@ -127,7 +133,10 @@ class _Together:
         start = min(run.step for run in runs)
         done = sum(run.step for run in runs) * cfg.batch_size
         with bar(self._title(), total, done=done, shown=self.progress) as shown:
-            for step, batch in enumerate(self._batches(columns, start), start):
+            mesh = runs[0].mesh
+            part = mesh.data_rank, mesh.data
+            for step, batch in enumerate(self._batches(columns, start, part), start):
+                mesh.begin(step + 1)
                 for run in runs:
                     if run in results or run.step != step:
                         continue
@@ -150,7 +159,9 @@ class _Together:
             return f"train {self.runs[0].settings['kind']}"
         return f"train {len(self.runs)} SAEs"
 
-    def _batches(self, columns: Sequence[str], start: int) -> Iterator[Columns]:
+    def _batches(
+        self, columns: Sequence[str], start: int, part: tuple[int, int] = (0, 1)
+    ) -> Iterator[Columns]:
         run = self.runs[0]
         return Reader(
             run.cache,
@@ -161,6 +172,7 @@ class _Together:
             epochs=None,
             drop_last=True,
             start=start,
+            part=part,
             device=run.device,
         )
 

@@ -21,13 +21,15 @@ from torch import Tensor
 from saekit import checkpoint
 from saekit.activations_cache.store import ActivationCache
 from saekit.config import TrainConfig, differences, read_toml
+from saekit.distributed import ALONE, Mesh, shared_over
 from saekit.errors import ConfigError, SaekitError
 from saekit.files import remove_partial, write_atomic, write_text
 from saekit.results import Provenance, commit, versions
-from saekit.sae import SAE
+from saekit.sae import SAE, JumpReLU
 from saekit.trainers import _state
 from saekit.trainers._base import Batch, Step, Trainer, fold_input_scale, input_scale
-from saekit.trainers._kinds import kind, name_of, names
+from saekit.trainers._kinds import kind as kind_of
+from saekit.trainers._kinds import name_of, names
 from saekit.trainers._life import LifeHistory
 from saekit.trainers._log import Line, MetricsLog
 from saekit.trainers._schedules import warm_then_decay
@@ -68,12 +70,16 @@ class Run:
         out: Path | str | None,
         device: str,
         callbacks: tuple[Callback, ...] = (),
+        mesh: Mesh = ALONE,
     ) -> None:
+        self.mesh = mesh
         self.cfg, self.cache, self.device = cfg, cache, device
         self.hook = hook or _only_hook(cache)
         self.out = Path(out) if out is not None else None
         self.callbacks = callbacks
-        self.kind = {kind(name).Config: kind(name) for name in names()}[type(cfg)]
+        self.kind = {kind_of(name).Config: kind_of(name) for name in names()}[type(cfg)]
+        if mesh.size > 1:
+            check_mesh(self.kind, cfg, mesh)
         self.name = self.out.name if self.out is not None else name_of(self.kind)
         self.d_in = cache.width(self.hook)
         self.columns = [self.hook]
@@ -97,6 +103,14 @@ class Run:
     def finished(self) -> SAE | None:
         """The run's SAE where an earlier call finished it; makes the folder where there is none
         yet."""
+        if self.mesh.size == 1:
+            return self._finished()
+        # The first makes the folder, and what the others find is the same for all.
+        found = self._finished() if self.mesh.rank == 0 else None
+        self.mesh.barrier()
+        return found if self.mesh.rank == 0 else self._finished()
+
+    def _finished(self) -> SAE | None:
         if self.out is None:
             return None
         if not (self.out / CONFIG).exists():
@@ -117,13 +131,14 @@ class Run:
         if (self.out / checkpoint.CONFIG).exists():
             log.info("%s is complete", self.out)
             return checkpoint.load(self.out)
-        remove_partial(self.out)
+        if self.mesh.rank == 0:
+            remove_partial(self.out)
         return None
 
     def begin(self, sample: Callable[[], Float[Tensor, "row d_in"]]) -> None:
         """Make the trainer: as the last checkpoint left it, or with initial values from `sample`,
         the rows that training begins with."""
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), shared_over(self.mesh):
             torch.manual_seed(self.cfg.seed)
             self.trainer: Trainer = self.kind(self.cfg, self.d_in)
         self.trainer.to_device(self.device)
@@ -136,7 +151,10 @@ class Run:
         if self.out is not None:
             at = _state.load(self.out, self.trainer, self.optimiser, self.life)
         self.at = at or Position(step=0, scale=self._initialise(sample()))
-        self.log = MetricsLog(self.out, self.at.log_bytes)
+        for name, tensor in self.trainer.state_dict().items():
+            if name not in self.trainer.LATENTS:
+                self.mesh.same(tensor)
+        self.log = MetricsLog(self.out if self.mesh.rank == 0 else None, self.at.log_bytes)
         self._since = time.perf_counter(), self.at.step
         nowhere = torch.tensor(-1, device=self.device)
         self._bad_step = nowhere
@@ -200,14 +218,16 @@ class Run:
         for callback in self.callbacks:
             if (step + 1) % callback.every == 0 or last:
                 self._stop_if_diverged()
-                found = callback.call(self.export())
-                self.log.write({"step": step + 1, **found})
+                sae = self.export()
+                if self.mesh.rank == 0:
+                    self.log.write({"step": step + 1, **callback.call(sae)})
         window = self._window(step)
         if self._window(step + 1) > window:
             self._stop_if_diverged()
             rows = (step + 1 - self._first_step(window)) * cfg.batch_size
             self._take_step.settle()
-            self.life.end_window(step + 1, rows, trainer.export(), trainer.dead, batch.x)
+            x = self.mesh.rows(batch.x)
+            self.life.end_window(step + 1, rows, trainer.export(), trainer.dead, x)
         if (step + 1) % cfg.checkpoint_every == 0 and not last and self.out is not None:
             self._stop_if_diverged()
             clipped = int(self._take_step.clipped)
@@ -259,7 +279,8 @@ class Run:
         self._stop_if_diverged()
         cfg, step = self.cfg, self.at.step
         named = {name: float(loss) for name, loss in losses.items()}
-        variance = float((x - x.mean(0)).square().sum(1).mean())
+        about = x - self.mesh.mean(x.mean(0))
+        variance = float(self.mesh.mean(about.square().sum(1).mean()))
         line: Line = {"loss": sum(named.values()), **named}
         if variance > 0:
             line["ev"] = 1 - named["mse"] / variance
@@ -295,29 +316,39 @@ class Run:
 
     def keep_batch(self, columns: Columns) -> None:
         """Keep the batch on which training diverged, for inspection."""
-        if self.out is not None:
+        if self.out is not None and self.mesh.rank == 0:
             held = {name: t.cpu().contiguous() for name, t in columns.items()}
             write_atomic(self.out / DIVERGED, lambda path: save_file(held, path))
 
     def finish(self) -> SAE:
         """The trained SAE, written to the run's folder."""
         self._stop_if_diverged()
-        sae = self.export()
+        sae = self.export(for_all=self.out is None)
         if self.out is not None:
             extras = {n: t.detach().cpu().contiguous() for n, t in self.trainer.extras().items()}
-            if extras:
-                write_atomic(self.out / EXTRAS, lambda path: save_file(extras, path))
-            self.life.save(self.out)
-            checkpoint.save(sae, self.out)
-            shutil.rmtree((self.out / _state.FILE).parent, ignore_errors=True)
+            self.life.save(self.out, self.mesh)
+            if self.mesh.rank == 0:
+                if extras:
+                    write_atomic(self.out / EXTRAS, lambda path: save_file(extras, path))
+                checkpoint.save(sae, self.out)
+                shutil.rmtree((self.out / _state.FILE).parent, ignore_errors=True)
+            self.mesh.barrier()
+            if self.mesh.rank > 0:
+                return checkpoint.load(self.out)
         return sae
 
     @torch.no_grad()
-    def export(self) -> SAE:
+    def export(self, for_all: bool = False) -> SAE:
         """The SAE as it stands, in the units of the cache; what it holds is its own, and no longer
-        learns."""
+        learns. Of a mesh rank 0 gets it or all do, and else the others get what they hold."""
         self._take_step.settle()
-        sae = fold_input_scale(self.trainer.export(), self.at.scale).to("cpu", copy=True)
+        sae = fold_input_scale(self.trainer.export(), self.at.scale)
+        if self.mesh.latent == 1:
+            sae = sae.to("cpu", copy=True)
+        else:
+            join = self.mesh.whole if for_all else self.mesh.collect
+            sliced = {n: t.cpu() for n, t in sae.tensors().items() if n in _ALONG}
+            sae = _with(sae, {name: join(t, _ALONG[name]) for name, t in sliced.items()})
         provenance = Provenance(
             kind=self.settings["kind"],
             hook=self.hook,
@@ -330,6 +361,46 @@ class Run:
             commit=commit(),
         )
         return replace(sae, provenance=provenance)
+
+
+def check_mesh(kind: type[Trainer], cfg: TrainConfig, mesh: Mesh) -> None:
+    """Raises ConfigError where a mesh of several processes cannot train this."""
+    name = name_of(kind)
+    alone = "start it without torchrun, or name it in a sweep, whose runs take a process each"
+    if "LATENTS" not in vars(kind):
+        able = ", ".join(one for one in names() if "LATENTS" in vars(kind_of(one)))
+        raise ConfigError(
+            f"{name} cannot be trained by several processes together (mesh {mesh}), as {able} can: "
+            f"{alone}"
+        )
+    revive = getattr(cfg, "revive", "none")
+    if revive in ("resample", "ghost"):
+        raise ConfigError(
+            f"revive='{revive}' looks at the whole SAE, and mesh {mesh} shares it out: take auxk "
+            f"or none, or {alone}"
+        )
+    for what, size, axis, n in (
+        ("d_sae", cfg.d_sae, "latent", mesh.latent),
+        ("batch_size", cfg.batch_size, "data", mesh.data),
+    ):
+        if size % n:
+            raise ConfigError(
+                f"{what}={size} is no multiple of the mesh's {axis}={n}, over which it is shared "
+                f"out: change one of them, to {what}={-(-size // n) * n} for instance"
+            )
+
+
+_ALONG = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "threshold": 0}
+"""The axis of the latents in each tensor of an SAE that has them."""
+
+
+def _with(sae: SAE, tensors: dict[str, Tensor]) -> SAE:
+    """The SAE with other latents, and all else copied to the CPU."""
+    common = {n: t.to("cpu", copy=True) for n, t in sae.tensors().items() if n not in _ALONG}
+    new = {**common, **tensors}
+    threshold = new.pop("threshold", None)
+    activation = sae.activation if threshold is None else JumpReLU(threshold)
+    return SAE(**new, activation=activation, provenance=sae.provenance)
 
 
 def _optimiser(

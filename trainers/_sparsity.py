@@ -214,7 +214,7 @@ class Penalised(Autoencoder):
             pre = torch.addmm(self.b_enc, x, self.W_enc).to(self.W_enc.dtype)
             kept = Kept(pre, None, None, rows=len(x))
             found = (pre.detach() > floor).sum()
-        self.density.copy_(found / (len(x) * self.cfg.d_sae))
+        self.density.copy_(self.per_row(found, len(x) * self.cfg.d_sae))
         return kept
 
     def saw(self, kept: Kept, z: Float[Tensor, "..."]) -> None:
@@ -223,11 +223,12 @@ class Penalised(Autoencoder):
             self.dead.saw_dense(z)
         else:
             self.dead.saw(z, kept.indices, kept.rows)
-        self.l0 = (z.detach() != 0).sum() / kept.rows
+        self.l0 = self.per_row((z.detach() != 0).sum(), kept.rows)
 
     def penalty(self, size: Float[Tensor, "..."], kept: Kept) -> Float[Tensor, ""]:
         """The weighed penalty on entries of this size, for the batch that was counted last."""
-        return self.coefficient.weigh(self.l0, self.step) * size.sum() / kept.rows
+        total = self.mesh.add_up(size.sum())
+        return self.coefficient.weigh(self.l0, self.step) * total / kept.rows
 
     def metrics(self) -> dict[str, float]:
         return {self.COEFFICIENT: float(self.coefficient.value), **super().metrics()}

@@ -1,9 +1,16 @@
 """Where a run stands: one file, replaced in one step, from which it goes on exactly as if never
-stopped."""
+stopped.
+
+Where several processes share out the latents, what has latents lies in files beside it, one a
+slice, which are there before the one file names them. Any number of processes can go on from it.
+"""
 
 import json
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,7 +20,7 @@ from torch import Tensor
 from saekit.errors import CheckpointError
 from saekit.files import write_atomic
 from saekit.trainers._base import Trainer
-from saekit.trainers._life import LifeHistory
+from saekit.trainers._life import COMMON, PENDING, LifeHistory
 
 FILE = Path("train_state") / "state.safetensors"
 
@@ -44,9 +51,51 @@ def save(
     if optimiser is not None:
         for i, slot in optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser/{i}/{name}": t for name, t in slot.items()}
-    contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     metadata = {"position": json.dumps(at.__dict__)}
-    write_atomic(run / FILE, lambda path: save_file(contiguous, path, metadata))
+    mesh, parts = trainer.mesh, list[Path]()
+    if mesh.latent > 1:
+        axes = _axes(trainer, tensors)
+        parts = [run / FILE.parent / _part(at.step, n, mesh.latent) for n in range(mesh.latent)]
+        metadata["parts"] = json.dumps([part.name for part in parts])
+        if mesh.data_rank == 0:
+            _write(parts[mesh.latent_rank], {n: t for n, t in tensors.items() if n in axes}, {})
+        tensors = {n: t for n, t in tensors.items() if n not in axes}
+        mesh.barrier()
+    if mesh.rank == 0:
+        _write(run / FILE, tensors, metadata)
+        for path in (run / FILE).parent.glob("part-*"):
+            # One of a later step is on its way to the next checkpoint.
+            if path not in parts and path.name < _part(at.step + 1, 0, 1):
+                path.unlink()
+
+
+def _part(step: int, number: int, of: int) -> str:
+    return f"part-{step:09d}-{number}-of-{of}.safetensors"
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    write_atomic(path, lambda temporary: save_file(contiguous, temporary, metadata))
+
+
+def _axes(trainer: Trainer, names: Iterable[str]) -> dict[str, int]:
+    """Of the stored tensors that have latents, along which axis."""
+    learning = [name for name, p in trainer.named_parameters() if p.requires_grad]
+    axes = {}
+    for name in names:
+        owner, _, rest = name.partition("/")
+        axis = None
+        if owner == "trainer":
+            axis = trainer.LATENTS.get(rest)
+        elif owner == "optimiser":
+            number, key = rest.split("/")
+            # Adam counts the steps of each parameter in a single number.
+            axis = None if key == "step" else trainer.LATENTS.get(learning[int(number)])
+        elif owner == "life" and rest not in COMMON:
+            axis = 0 if rest == PENDING else 1
+        if axis is not None:
+            axes[name] = axis
+    return axes
 
 
 def load(
@@ -57,9 +106,13 @@ def load(
     if not path.exists():
         return None
     try:
-        with safe_open(path, framework="pt") as file:
-            at = Position(**json.loads(file.metadata()["position"]))
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        with ExitStack() as stack:
+            file = stack.enter_context(safe_open(path, framework="pt"))
+            metadata = file.metadata()
+            at = Position(**json.loads(metadata["position"]))
+            names = [path.parent / name for name in json.loads(metadata.get("parts", "[]"))]
+            parts = [stack.enter_context(safe_open(part, framework="pt")) for part in names]
+            tensors = _held_here(file, parts, trainer)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{path} cannot be read ({error}): it was altered. Delete {path.parent} to train from "
@@ -71,6 +124,29 @@ def load(
     if optimiser is not None:
         _load_optimiser(optimiser, _under("optimiser/", tensors))
     return at
+
+
+def _held_here(file: Any, parts: list[Any], trainer: Trainer) -> dict[str, Tensor]:
+    """The tensors of a checkpoint; of the latents, those that this process holds."""
+    common = list(file.keys())
+    sliced = list(parts[0].keys()) if parts else common
+    tensors = {}
+    axes = _axes(trainer, sliced)
+    for name in {**dict.fromkeys(common), **dict.fromkeys(sliced)}:
+        if name not in axes:
+            tensors[name] = file.get_tensor(name).clone()
+            continue
+        axis, pieces = axes[name], [one.get_slice(name) for one in parts or [file]]
+        sizes = [piece.get_shape()[axis] for piece in pieces]
+        held = trainer.mesh.held(sum(sizes))
+        found, first = [], 0
+        for piece, size in zip(pieces, sizes, strict=True):
+            ours = slice(max(0, held.start - first), max(0, min(size, held.stop - first)))
+            if ours.start < ours.stop:
+                found.append(piece[(slice(None),) * axis + (ours,)])
+            first += size
+        tensors[name] = torch.cat(found, axis)
+    return tensors
 
 
 def _load_optimiser(optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:

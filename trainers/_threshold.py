@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from saekit.distributed import ALONE, Mesh
+
 
 class RunningMean(nn.Module):
     """An exponential moving average, one or several, each with a count of its own.
@@ -38,9 +40,15 @@ class RunningMean(nn.Module):
         self.value.copy_(torch.where(where, moved, self.value))
 
 
-def smallest(values: Float[Tensor, " kept"]) -> tuple[Float[Tensor, ""], Bool[Tensor, ""]]:
-    """The smallest of what was kept, and whether anything was."""
+def smallest(
+    values: Float[Tensor, " kept"], mesh: Mesh = ALONE
+) -> tuple[Float[Tensor, ""], Bool[Tensor, ""]]:
+    """The smallest of what was kept, by anybody on the mesh, and whether anything was."""
     values = values.detach()
+    if mesh.size > 1:
+        values = torch.cat([values, values.new_full((1,), torch.inf)])
+        found = mesh.reduce(values.min(), "all", "min")
+        return found.nan_to_num(posinf=0), found.isfinite()
     some = torch.tensor(len(values) > 0, device=values.device)
     return values.min() if len(values) else values.new_zeros(()), some
 

@@ -16,6 +16,9 @@ from saekit.trainers._base import (
     unit_rows,
 )
 
+LATENTS = {"W_dec": 0, "anchor": 0, "dead.since": 0, "dead.fired": 0}
+"""See `Trainer.LATENTS`."""
+
 
 class Tied(Trainer):
     """See the module. A kind gives `losses` and `export`, and says what b_dec starts as."""
@@ -24,7 +27,7 @@ class Tied(Trainer):
 
     def __init__(self, cfg: TrainConfig, d_in: int) -> None:
         super().__init__(cfg, d_in)
-        rows = unit_rows(cfg.d_sae, d_in)
+        rows = unit_rows(cfg.d_sae, d_in, self.mesh)
         self.W_dec = nn.Parameter(rows)
         self.b_dec = nn.Parameter(torch.zeros(d_in))
         if cfg.soft_cosine is not None:

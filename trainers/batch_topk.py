@@ -20,7 +20,7 @@ from torch import Tensor
 from saekit import kernels
 from saekit.errors import ConfigError
 from saekit.sae import SAE, JumpReLU
-from saekit.trainers._autoencoder import Autoencoder, AutoencoderConfig
+from saekit.trainers._autoencoder import LATENTS, Autoencoder, AutoencoderConfig
 from saekit.trainers._base import Batch, Step
 from saekit.trainers._fused import FusedBatchTopK, fused_step
 from saekit.trainers._threshold import RunningMean, smallest
@@ -56,6 +56,7 @@ class BatchTopKTrainer(Autoencoder):
     """See the module."""
 
     Config = BatchTopKConfig
+    LATENTS = LATENTS
     cfg: BatchTopKConfig
 
     def __init__(self, cfg: BatchTopKConfig, d_in: int) -> None:
@@ -82,14 +83,14 @@ class BatchTopKTrainer(Autoencoder):
             centred,
             self.W_enc,
             self.b_enc,
-            lambda pre: kernels.batch_topk(pre, self.entries(len(pre))),
+            lambda pre: kernels.batch_topk(pre, self.entries(self.mesh.data * len(pre)), self.mesh),
         )
-        self.threshold.update(*smallest(code[0]))
+        self.threshold.update(*smallest(code[0], self.mesh))
         return code
 
     def thresholds(self) -> Float[Tensor, " d_sae"]:
         """What each latent must exceed at inference."""
-        return self.threshold.value.repeat(self.cfg.d_sae)
+        return self.threshold.value.repeat(self.n_latents)
 
     def export(self) -> SAE:
         b_enc = self.b_enc - self.b_dec @ self.W_enc

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from saekit.errors import ConfigError
 from saekit.sae import SAE, JumpReLU
-from saekit.trainers._autoencoder import forget
+from saekit.trainers._autoencoder import LATENTS, forget
 from saekit.trainers._base import Batch, Step
 from saekit.trainers._fused import FusedJumpReLU, fused_step
 from saekit.trainers._sparsity import Penalised, PenalisedConfig
@@ -119,13 +119,16 @@ class JumpReLUTrainer(Penalised):
     """See the module."""
 
     Config = JumpReLUConfig
+    LATENTS = {**LATENTS, "level": 0}
     COEFFICIENT = "l0_coef"
     cfg: JumpReLUConfig
 
     def __init__(self, cfg: JumpReLUConfig, d_in: int) -> None:
         super().__init__(cfg, d_in)
         # So that a step of Adam, about lr for any parameter, moves a threshold further.
-        self.level = nn.Parameter(torch.full((cfg.d_sae,), cfg.threshold_init / cfg.threshold_lr))
+        self.level = nn.Parameter(
+            torch.full((self.n_latents,), cfg.threshold_init / cfg.threshold_lr)
+        )
 
     @property
     def unit(self) -> Float[Tensor, ""]:
@@ -165,7 +168,7 @@ class JumpReLUTrainer(Penalised):
         kept = self.keep(centred, self.threshold.detach() - width / 2)
         threshold = kept.of(self.threshold)
         z: Tensor = _Jump.apply(kept.pre, threshold, width)  # type: ignore[no-untyped-call]
-        error = centred - kept.decode(z, self.W_dec)
+        error = centred - self.mesh.add_up(kept.decode(z, self.W_dec))
         self.saw(kept, z)
         size: Tensor
         if cfg.penalty == "l0":
@@ -186,7 +189,7 @@ class JumpReLUTrainer(Penalised):
     ) -> Float[Tensor, ""]:
         """How far latents stay below their thresholds, summed, on the mean over rows."""
         pre = centred @ self.W_enc[:, latents] + self.b_enc[latents]
-        return (self.threshold[latents] - pre).relu().sum(1).mean()
+        return self.mesh.add_up((self.threshold[latents] - pre).relu().sum(1).mean())
 
     @torch.no_grad()
     def after_step(self) -> None:

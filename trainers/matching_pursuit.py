@@ -39,7 +39,7 @@ from saekit.errors import ConfigError
 from saekit.sae import SAE, MatchingPursuit
 from saekit.trainers._autoencoder import forget
 from saekit.trainers._base import Batch, Centre, centre, normalise_rows
-from saekit.trainers._tied import Tied
+from saekit.trainers._tied import LATENTS, Tied
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +84,7 @@ class MatchingPursuitTrainer(Tied):
     """See the module."""
 
     Config = MatchingPursuitConfig
+    LATENTS = LATENTS
     cfg: MatchingPursuitConfig
     l0: Tensor
     """Latents that fire a token, on the mean over the last batch."""
@@ -102,13 +103,15 @@ class MatchingPursuitTrainer(Tied):
     ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"], Float[Tensor, "batch d_in"]]:
         """Values, latents, and what is left of x - b_dec."""
         cfg = self.cfg
-        return kernels.matching_pursuit(x - self.b_dec, self.W_dec, cfg.steps, cfg.residual)
+        return kernels.matching_pursuit(
+            x - self.b_dec, self.W_dec, cfg.steps, cfg.residual, mesh=self.mesh
+        )
 
     def losses(self, batch: Batch) -> dict[str, Float[Tensor, ""]]:
         values, indices, rest = self._pursue(batch.x)
         values, indices = kernels.merge_repeats(values.detach(), indices)
         self.dead.saw(values, indices, len(batch.x))
-        self.l0 = (values != 0).sum() / len(batch.x)
+        self.l0 = self.per_row((values != 0).sum(), len(batch.x))
         return {"mse": rest.square().sum(1).mean()}
 
     @torch.no_grad()

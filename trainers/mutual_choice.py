@@ -27,6 +27,7 @@ from torch import Tensor
 
 from saekit import kernels
 from saekit.errors import ConfigError
+from saekit.trainers._autoencoder import LATENTS
 from saekit.trainers._base import Step
 from saekit.trainers._fused import FusedMutualChoice, fused_step
 from saekit.trainers._threshold import RunningMean
@@ -104,6 +105,7 @@ class MutualChoiceTrainer(BatchTopKTrainer):
     """See the module."""
 
     Config = MutualChoiceConfig
+    LATENTS = {**LATENTS, "density.value": 0, "density.count": 0, "expected": 0}
     cfg: MutualChoiceConfig
     expected: Tensor
     """How often each latent should fire a token."""
@@ -112,8 +114,8 @@ class MutualChoiceTrainer(BatchTopKTrainer):
 
     def __init__(self, cfg: MutualChoiceConfig, d_in: int) -> None:
         super().__init__(cfg, d_in)
-        self.density = RunningMean(cfg.density_rate, (cfg.d_sae,))
-        self.register_buffer("expected", torch.zeros(cfg.d_sae))
+        self.density = RunningMean(cfg.density_rate, (self.n_latents,))
+        self.register_buffer("expected", torch.zeros(self.n_latents))
         self.register_buffer("revived", torch.zeros(()), persistent=False)
 
     def fused_step(self, optimiser: torch.optim.Optimizer, device: str) -> Step | None:
@@ -132,7 +134,8 @@ class MutualChoiceTrainer(BatchTopKTrainer):
 
     def densities(self, indices: Int[Tensor, " kept"], rows: int) -> Float[Tensor, " d_sae"]:
         """Of the latents in a batch, from the indices of its code."""
-        return torch.bincount(indices, minlength=self.cfg.d_sae) / rows
+        count = torch.bincount(indices, minlength=self.n_latents)
+        return self.mesh.reduce(count, "data") / (rows * self.mesh.data)
 
     def revival(
         self, centred: Float[Tensor, "batch d_in"], error: Float[Tensor, "batch d_in"]
@@ -143,7 +146,7 @@ class MutualChoiceTrainer(BatchTopKTrainer):
         self.renew()
         deficit = self.deficit()
         latents = (deficit > cfg.under_used).nonzero().flatten()
-        self.revived = torch.tensor(len(latents) / cfg.d_sae)
+        self.revived = torch.tensor(self.over_latents(len(latents)) / cfg.d_sae)
         loss = self._auxk(centred.detach(), error.detach(), latents, deficit[latents])
         return {"aux_zipf": loss}
 
@@ -157,7 +160,8 @@ class MutualChoiceTrainer(BatchTopKTrainer):
     def renew(self) -> None:
         """Find out anew how often each latent should fire, where it is time."""
         if self.step % RANK_EVERY == 0:
-            self.expected.copy_(self.by_law(self.density.value, cap=1.0))
+            every = self.by_law(self.mesh.whole(self.density.value), cap=1.0)
+            self.expected.copy_(every[self.mesh.held(self.cfg.d_sae)])
 
     def by_law(self, density: Float[Tensor, " d_sae"], cap: float) -> Float[Tensor, " d_sae"]:
         """What the law gives each latent of the mean L0, none more than `cap`, from densities that

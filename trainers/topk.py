@@ -16,7 +16,7 @@ from torch import Tensor
 from saekit import kernels
 from saekit.errors import ConfigError
 from saekit.sae import SAE, TopK
-from saekit.trainers._autoencoder import Autoencoder, AutoencoderConfig
+from saekit.trainers._autoencoder import LATENTS, Autoencoder, AutoencoderConfig
 from saekit.trainers._base import Batch, Step
 from saekit.trainers._fused import FusedStep, fused_step
 
@@ -43,12 +43,13 @@ class TopKTrainer(Autoencoder):
     """See the module."""
 
     Config = TopKConfig
+    LATENTS = LATENTS
     cfg: TopKConfig
 
     def losses(self, batch: Batch) -> dict[str, Float[Tensor, ""]]:
         centred = batch.x - self.b_dec
-        values, indices = kernels.topk_encode(centred, self.W_enc, self.b_enc, self.cfg.k)
-        return self.reconstruct((values, indices, None), centred)
+        code = kernels.topk_code(centred, self.W_enc, self.b_enc, self.cfg.k, self.mesh)
+        return self.reconstruct(code, centred)
 
     def fused_step(self, optimiser: torch.optim.Optimizer, device: str) -> Step | None:
         # A kind made from this one has losses of its own.

@@ -1,10 +1,8 @@
 """Run a model over text or images and keep its activations on disk."""
 
-import os
 from dataclasses import dataclass
 
 from saekit.commands._shared import ConfigArgs, parse, toml
-from saekit.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +19,11 @@ def run(argv: list[str]) -> None:
     from saekit.activations_cache.config import HarvestConfig
     from saekit.activations_cache.harvest import harvest
     from saekit.activations_cache.storage import storage
+    from saekit.distributed import place
 
     argv, given = toml(argv)
     args = parse(HarvestArgs, argv, "harvest", HarvestConfig, given)
-    rank, ranks = _place()
+    rank, ranks = place()
     cache = harvest(args.config, args.out, rank=rank, ranks=ranks, progress=rank == 0)
     if cache.url != storage(args.out).url:
         print(f"{cache.url}: {cache.n_rows:,} rows, the share of rank {rank} of {ranks}")
@@ -33,15 +32,3 @@ def run(argv: list[str]) -> None:
     print(f"{args.out}: {cache.n_rows:,} rows at {widths}")
     hook = next(iter(cache.hooks))
     print(f"Next: saekit train topk --cache {args.out} --hook {hook} --out RUN")
-
-
-def _place() -> tuple[int, int]:
-    """Which of how many processes this is, as torchrun says it."""
-    said = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    if not all(number.isdecimal() for number in said) or not int(said[0]) < int(said[1]):
-        raise ConfigError(
-            f"the environment has RANK={said[0]} and WORLD_SIZE={said[1]}: they must be the number "
-            "of this process, from 0, and how many there are, as torchrun sets them. Unset both "
-            "for one process"
-        )
-    return int(said[0]), int(said[1])

@@ -48,6 +48,13 @@ class TrainArgs(_Common, ConfigArgs):
     """Corpus to harvest where no cache is given."""
     harvest_tokens: int = 1_000_000
     """Tokens to harvest where no cache is given."""
+    mesh: str | None = None
+    """How the processes of torchrun share the work, such as "data=2,latent=4": over the rows of
+    each batch, and over the latents. Where not given, those of one machine share the latents, and
+    machines the rows."""
+    stall_seconds: float = 600.0
+    """How long the processes of torchrun wait for one of them that gets no further, before they
+    give up and name it."""
     verify_resume: bool = False
     """Instead of training, try out on this machine whether a run that is stopped and goes on ends
     in the same SAE, bit for bit."""
@@ -56,7 +63,7 @@ class TrainArgs(_Common, ConfigArgs):
 @dataclass(frozen=True, kw_only=True)
 class SweepArgs(_Common):
     """Fit the many sparse autoencoders that a TOML file names; runs that want the same activations
-    are fed together, from one reading of the cache."""
+    are fed together, from one reading of the cache. The processes of torchrun take runs in turn."""
 
     cache: str
     """Activation cache to train on, a folder or a URL."""
@@ -79,6 +86,7 @@ def _one(name: str, argv: list[str]) -> None:
     from saekit.activations_cache.harvest import harvest
     from saekit.activations_cache.job import resolve_device
     from saekit.activations_cache.store import ActivationCache
+    from saekit.distributed import connect, disconnect, place, shape_of
     from saekit.trainers import _kinds
     from saekit.trainers._loop import train
 
@@ -88,6 +96,13 @@ def _one(name: str, argv: list[str]) -> None:
     given.pop("cache_fingerprint", None)
     config = _kinds.kind(name).Config
     args = parse(TrainArgs, argv, f"train {name}", config, given)
+    rank, ranks = place()
+    shape = shape_of(args.mesh, ranks)
+    if ranks > 1 and (args.cache is None or args.verify_resume):
+        raise ConfigError(
+            "several processes train on a cache that is there, and do not verify a resume: give "
+            "--cache CACHE (torchrun ... saekit harvest makes one), and leave out --verify-resume"
+        )
     if args.cache is not None:
         cache = ActivationCache.open(args.cache)
     elif args.hook is None:
@@ -106,15 +121,20 @@ def _one(name: str, argv: list[str]) -> None:
     if args.verify_resume:
         _verify_resume(args, cache)
         return
+    device = resolve_device(args.device)
     train(
         args.config,
         cache,
         hook=args.hook,
         out=args.out,
-        device=resolve_device(args.device),
-        progress=True,
+        device=device,
+        progress=rank == 0,
         callbacks=_callbacks(args, cache),
+        mesh=connect(shape, device, args.stall_seconds),
     )
+    disconnect()
+    if rank > 0:
+        return
     print(f"{args.out}: a {name} SAE of {args.config.d_sae:,} latents")
     print(f"Next: saekit eval core --sae {args.out}")
 
@@ -137,6 +157,7 @@ def _verify_resume(args: TrainArgs, cache: "ActivationCache") -> None:
 def _sweep(argv: list[str]) -> None:
     from saekit.activations_cache.job import resolve_device
     from saekit.activations_cache.store import ActivationCache
+    from saekit.distributed import place
     from saekit.trainers._loop import RunSpec, train_many
     from saekit.trainers._sweep import expand
 
@@ -145,14 +166,19 @@ def _sweep(argv: list[str]) -> None:
     own = {key: given.pop(key) for key in ("cache", "out", "device") if key in given}
     flags = [part for key, value in own.items() for part in (f"--{key}", str(value))]
     args = parse(SweepArgs, [*flags, *argv], f"train {path}")
-    runs = expand(given)
+    rank, ranks = place()
+    # In turn, so that what differs in size from run to run is spread, too.
+    runs = expand(given)[rank::ranks]
+    if not runs:
+        print(f"rank {rank} of {ranks} has no run to train: the sweep has fewer")
+        return
     cache = ActivationCache.open(args.cache)
     callbacks = _callbacks(args, cache)
     specs = [
         RunSpec(config=run.config, hook=run.hook, out=args.out / run.name, callbacks=callbacks)
         for run in runs
     ]
-    train_many(specs, cache, device=resolve_device(args.device), progress=True)
+    train_many(specs, cache, device=resolve_device(args.device), progress=rank == 0)
     _print_last([args.out / run.name for run in runs])
     print(f"{args.out}: {len(runs)} SAEs\nNext: saekit eval core --sae {args.out / runs[0].name}")
 

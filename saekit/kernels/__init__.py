@@ -2,9 +2,9 @@
 these."""
 
 from saekit.kernels._choose import Choice, KernelUnavailable, choose, usual_precision
-from saekit.kernels.ops import batch_topk, column_topk, encode, sparse_decode, topk_encode
-from saekit.kernels.pursuit import matching_pursuit
+from saekit.kernels.ops import column_topk, encode, sparse_decode, topk_encode
 from saekit.kernels.reference import Code, Rule, merge_repeats, row_offsets, rows_of
+from saekit.kernels.sharded import batch_topk, matching_pursuit, row_topk, topk_code
 
 __all__ = [
     "Choice",
@@ -18,8 +18,10 @@ __all__ = [
     "matching_pursuit",
     "merge_repeats",
     "row_offsets",
+    "row_topk",
     "rows_of",
     "sparse_decode",
+    "topk_code",
     "topk_encode",
     "usual_precision",
 ]
