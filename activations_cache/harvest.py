@@ -7,7 +7,7 @@ from saekit.activations_cache.config import HarvestConfig
 from saekit.activations_cache.job import Data, Job, begun, load_model, missing
 from saekit.activations_cache.manifest import Manifest
 from saekit.activations_cache.model import Model
-from saekit.activations_cache.ranks import folder_name, join
+from saekit.activations_cache.ranks import folder_name, join, shares_of
 from saekit.activations_cache.storage import Storage, storage
 from saekit.activations_cache.store import ActivationCache
 from saekit.errors import ConfigError
@@ -30,7 +30,8 @@ def harvest(
     `model` stands in for the one that the config names, and `data` for its corpus (the config's
     `model` and `dataset` are then their names). With several ranks, each harvests its share of the
     documents into a folder of its own inside `out`, and whoever is last joins them; the others
-    return their own share. Raises ConfigError where `out` holds something else, ModelError,
+    return their own share. Fewer ranks may go on with what more have begun: each takes the shares
+    of several. Raises ConfigError where `out` holds something else, ModelError,
     CorpusError, and CacheError for activations that are not finite, or where another harvest writes
     there.
     """
@@ -41,10 +42,17 @@ def harvest(
         return ActivationCache.open(whole.url)
     if done is not None and ranks > 1:
         raise ConfigError(f"{whole.url} was begun by one process: go on with one")
-    folder = whole if ranks == 1 else whole.sub(folder_name(rank, ranks))
-    job = Job(cfg, model or load_model(cfg), data, rank, ranks)
-    job.run(folder, progress)
-    if ranks == 1 or not join(whole, ranks):
+    shares = ranks if done is not None else shares_of(whole) or ranks
+    if ranks > shares:
+        raise ConfigError(
+            f"{whole.url} was begun by {shares} processes, which share its documents out: go on "
+            f"with as many or fewer, not {ranks}"
+        )
+    model, folder = model or load_model(cfg), whole
+    for share in range(rank, shares, ranks):
+        folder = whole if shares == 1 else whole.sub(folder_name(share, shares))
+        Job(cfg, model, data, share, shares).run(folder, progress)
+    if shares == 1 or not join(whole, shares):
         return ActivationCache.open(folder.url)
     return ActivationCache.open(whole.url)
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from saekit.activations_cache import manifest
 from saekit.activations_cache.manifest import Manifest, added, counted
 from saekit.activations_cache.storage import Storage
-from saekit.errors import CorpusError
+from saekit.errors import ConfigError, CorpusError
 
 PREFIX = "rank-"
 """Begins the name of a rank's folder."""
@@ -14,6 +14,25 @@ PREFIX = "rank-"
 def folder_name(rank: int, ranks: int) -> str:
     """The folder of a rank inside the cache's."""
     return f"{PREFIX}{rank}-of-{ranks}"
+
+
+def shares_of(whole: Storage) -> int | None:
+    """Among how many ranks a harvest was shared out that was begun there; None where none was.
+
+    Raises ConfigError where it was begun anew by another number.
+    """
+    found = {
+        int(number)
+        for name in whole.names()
+        if name.startswith(PREFIX) and (number := name.rpartition("-of-")[2]).isdecimal()
+    }
+    if len(found) > 1:
+        numbers = ", ".join(map(str, sorted(found)))
+        raise ConfigError(
+            f"{whole.url} was begun by several numbers of processes ({numbers}): delete the "
+            f"folders {PREFIX}*-of-N of all but one N"
+        )
+    return found.pop() if found else None
 
 
 def join(whole: Storage, ranks: int) -> bool:

@@ -87,6 +87,15 @@ class Mesh:
         _all_gather(out, t.contiguous().flatten(), group=self.groups[axis])
         return out.view(n, *t.shape)
 
+    def fill(self, t: Tensor, own: slice, axis: Axis) -> None:
+        """Fill a tensor of which each has a part, rows `own`, in the order of the ranks; in
+        place."""
+        if self.among(axis) > 1:
+            self._enter()
+            # NCCL lets a part lie where it belongs.
+            part = t[own] if t.is_cuda else t[own].clone()
+            _all_gather(t.flatten(), part.flatten(), group=self.groups[axis])
+
     def whole(self, t: Tensor, along: int = 0) -> Tensor:
         """The latents of all, which lie along an axis of t."""
         return t if self.latent == 1 else torch.cat(list(self.gather(t, "latent")), along)

@@ -52,12 +52,17 @@ class FusedStep(Step):
         options = self._options(k, device)
         self._revives = options["auxk"] is not None
         self._step = self._form(*given.values(), **options)
+        state = getattr(self._step, "whole_state", self._step.state)
         for name, p in self._parameters.items():
-            held = self._step.state[name]
+            held = state[name]
             optimiser.state[p] = {key: _as_held(name, t) for key, t in held.items()}
         self.clipped = self._step.clipped
 
     def _form(self, *parameters: Tensor, **options: Any) -> Any:
+        if self._trainer.mesh.size > 1:
+            from saekit.kernels.triton_step_mesh import FusedMeshStep
+
+            return FusedMeshStep(*parameters, mesh=self._trainer.mesh, **options)
         from saekit.kernels.triton_step import FusedTopKStep
 
         candidates = self._candidates(options["k"], options["precision"])
@@ -84,7 +89,8 @@ class FusedStep(Step):
         split = precision == "bfloat16" and cfg.revive != "resample"
         shape = trainer.W_dec.device, trainer.d_in, cfg.d_sae, k
         config = None
-        if cfg.n_steps >= WORTH_TUNING and shape[0].type == "cuda":
+        alone = trainer.mesh.size == 1
+        if cfg.n_steps >= WORTH_TUNING and shape[0].type == "cuda" and alone:
             # Not so in shorter runs, which would else end in other bits once another has tuned.
             config = tuned(*shape) or tune(*shape, cfg.batch_size, split)
         return {
@@ -284,5 +290,9 @@ def fused_step(
         obstacle = f"freeze='{cfg.freeze}'"
     elif cfg.revive == "ghost":
         obstacle = "revive='ghost'"
+    elif trainer.mesh.size > 1 and form is not FusedStep:
+        obstacle = "of the kinds that several processes train, topk alone has fused steps for them"
+    elif trainer.n_latents // trainer.mesh.data < k:
+        obstacle = f"fewer than k={k} latents for each process of mesh {trainer.mesh}"
     log.info("steps on %s: %s", device, f"eager ({obstacle})" if obstacle else "fused (Triton)")
     return None if obstacle else form(trainer, optimiser, k, device)

@@ -12,8 +12,10 @@ Axes: batch, d_in, d_sae, room (places for dead latents, some of them empty).
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from saekit.distributed import ALONE, Mesh
 
 EVERY = 8
 """Steps between two times that the device is asked how many latents could die soon, at most."""
@@ -46,7 +48,15 @@ class DeadCount:
     steps. So what is computed with depends on the steps taken since `forget` alone.
     """
 
-    def __init__(self, since: Int[Tensor, " d_sae"], after: int, batch_size: int) -> None:
+    def __init__(
+        self,
+        since: Int[Tensor, " d_sae"],
+        after: int,
+        batch_size: int,
+        mesh: Mesh = ALONE,
+    ) -> None:
+        """Of a mesh, the most that any process may have."""
+        self._mesh = mesh
         # Over half of the tokens that a latent may be silent for, or almost all would count.
         self.every = max(1, min(EVERY, after // (4 * batch_size)))
         self._since, self._least = since, after - 2 * self.every * batch_size
@@ -73,7 +83,8 @@ class DeadCount:
         return self._bound
 
     def _ask(self) -> None:
-        self._answer.copy_((self._since >= self._least).sum(), non_blocking=True)
+        dead = (self._since >= self._least).sum()
+        self._answer.copy_(self._mesh.reduce(dead, "all", "max"), non_blocking=True)
         if self._answered is not None:
             self._answered.record()
 
@@ -95,7 +106,10 @@ class AuxKGradients:
         since: Int[Tensor, " d_sae"],
         d_in: int,
         room: int,
+        mesh: Mesh = ALONE,
     ) -> None:
+        """Of a mesh, each process has latents of its own, all rows, and the same room."""
+        self._mesh = mesh
         device = since.device
         self.cfg, self.room, self._since = cfg, room, since
         self.slot = torch.full_like(since, -1, dtype=torch.int32)
@@ -143,12 +157,18 @@ class AuxKGradients:
                 pre *= weight_of
             pre.masked_fill_(empty, -torch.inf)
             unused = empty
-            if room > cfg.k:
+            if self._mesh.size > 1:
+                unused = ~self._best(pre)
+            elif room > cfg.k:
                 best = pre.topk(cfg.k, dim=1, sorted=False).indices
                 unused = torch.ones_like(pre, dtype=torch.bool).scatter_(1, best, False) | empty
             unused = unused | ((pre <= 0) & ~mute)
             z = pre.masked_fill_(unused, 0)
-            missed = torch.addmm(rest, z, dec, beta=-1, alpha=-1)
+            if self._mesh.size > 1:
+                part = self._mesh.reduce((z @ dec).float(), "all")
+                missed = (-rest.float() - part).to(rest.dtype)
+            else:
+                missed = torch.addmm(rest, z, dec, beta=-1, alpha=-1)
             total += missed.float().square().sum()
             d_z = (missed @ dec.T).masked_fill_(unused, 0)
             d_pre = d_z if weight_of is None else d_z * weight_of
@@ -159,6 +179,18 @@ class AuxKGradients:
         variance = (mse - mean.square().sum()).clamp_min(1e-12)
         weight = cfg.coef * cfg.variance / (variance * batch)
         # Where none is dead there is no loss, as on the eager path.
-        torch.where(place[-1] >= 0, weight * total, torch.zeros_like(total), out=loss)
+        some = self._mesh.reduce(place[-1:].clone(), "all", "max")[0] >= 0
+        torch.where(some, weight * total, torch.zeros_like(total), out=loss)
         self.rows *= -2 * weight
         self.bias *= -2 * weight
+
+    def _best(self, pre: Float[Tensor, "rows room"]) -> Bool[Tensor, "rows room"]:
+        """Which are among the k largest of their row, over the dead latents of all; where equal
+        ones stand at the k-th place, all of those."""
+        k, mesh = self.cfg.k, self._mesh
+        if mesh.size * self.room <= k:
+            return pre > -torch.inf
+        best = pre.topk(min(k, self.room), dim=1).values
+        every = mesh.gather(best, "all").movedim(0, 1).flatten(1)
+        cut = every.topk(k, dim=1).values[:, -1:]
+        return ~(pre < cut) & (pre > -torch.inf)

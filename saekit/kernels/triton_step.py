@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from saekit.distributed import ALONE
 from saekit.errors import ConfigError
 from saekit.kernels import triton_candidates
 from saekit.kernels._choose import require_triton
@@ -117,6 +118,7 @@ class FusedTopKStep:
     Whoever changes a parameter between steps calls `take_over` after it.
     """
 
+    _mesh = ALONE
     _RAGGED = False
     """Whether rows keep different numbers of latents."""
     _DISTINCT = True
@@ -182,7 +184,7 @@ class FusedTopKStep:
         self._dead = (since, fired, batch_size) if since is not None and fired is not None else None
         self._auxk, self._room, self._dead_count = auxk, 0, None
         if auxk is not None and since is not None:
-            self._dead_count = DeadCount(since, auxk.after, batch_size)
+            self._dead_count = DeadCount(since, auxk.after, batch_size, self._mesh)
 
         def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=self.device)
@@ -197,7 +199,7 @@ class FusedTopKStep:
         self._copies = dict(self.parameters)
         if precision == "bfloat16":
             for name in ("W_enc_T", "W_dec", "b_enc"):
-                self._copies[name] = torch.empty_like(self.parameters[name], dtype=low)
+                self._copies[name] = self._new_copy(name)
         self._lower = {
             name: torch.empty_like(self.parameters[name], dtype=torch.int16)
             for name in ("W_enc_T", "W_dec")
@@ -239,6 +241,10 @@ class FusedTopKStep:
         self._wants_graph = graph and self.device.type == "cuda"
         self._x: Tensor | None = None
         self._begin()
+
+    def _new_copy(self, name: str) -> Tensor:
+        """Memory for a parameter's copy in bfloat16."""
+        return torch.empty_like(self.parameters[name], dtype=torch.bfloat16)
 
     def _begin(self) -> None:
         """What a form of its own needs beside."""
@@ -546,7 +552,7 @@ class FusedTopKStep:
         assert self._dead is not None
         if self._room not in self._revival:
             self._revival[self._room] = AuxKGradients(
-                self._auxk, self._dead[0], self.d_in, self._room
+                self._auxk, self._dead[0], self.d_in, self._room, self._mesh
             )
         copies = self._copies
         self._revival[self._room].compute(
@@ -633,6 +639,7 @@ class FusedTopKStep:
                     ROWS=16,
                     COLUMNS=columns,
                 )
+            self._mesh.reduce(self._parts[_RESIDUAL_PARTS:], "all")
         slot = self.state["b_dec"]
         b_dec_kernel[(-(-self.d_in // _BIAS_COLUMNS),)](
             self._parts,
@@ -652,6 +659,7 @@ class FusedTopKStep:
         )
 
     def _clip(self) -> None:
+        self._mesh.reduce(self._squares[: self._programs], "all")
         clip_kernel[(1,)](
             self._squares, self._hyper, self.clipped, len(self._squares), self.clip_norm, BLOCK=1024
         )
