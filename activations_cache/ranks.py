@@ -24,7 +24,8 @@ def shares_of(whole: Storage) -> int | None:
     found = {
         int(number)
         for name in whole.names()
-        if name.startswith(PREFIX) and (number := name.rpartition("-of-")[2]).isdecimal()
+        if name.startswith(PREFIX)
+        and (number := name.partition("/")[0].rpartition("-of-")[2]).isdecimal()
     }
     if len(found) > 1:
         numbers = ", ".join(map(str, sorted(found)))

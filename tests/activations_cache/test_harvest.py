@@ -347,6 +347,24 @@ def test_ranks_harvest_the_same_rows_together(
     assert again.fingerprint == cache.fingerprint
 
 
+def test_fewer_ranks_go_on_with_what_more_have_begun(
+    tmp_path: Path, tiny_config: HarvestConfig
+) -> None:
+    out = tmp_path / "c"
+    for rank in range(3):
+        whole = harvest(tiny_config, tmp_path / "whole", rank=rank, ranks=3)
+    harvest(tiny_config, out, rank=2, ranks=3)
+    with pytest.raises(ConfigError, match="begun by 3 processes, .* or fewer, not 4"):
+        harvest(tiny_config, out, rank=3, ranks=4)
+    harvest(tiny_config, out, rank=0, ranks=2)
+    assert harvest(tiny_config, out).fingerprint == whole.fingerprint
+    (out / "rank-0-of-2").mkdir()
+    (out / "rank-0-of-2" / "manifest.json").touch()
+    (out / "manifest.json").unlink()
+    with pytest.raises(ConfigError, match=r"by several numbers of processes \(2, 3\): delete"):
+        harvest(tiny_config, out)
+
+
 def test_packed_windows_give_the_rows_of_windows_alone(
     tmp_path: Path, tiny_cache: ActivationCache, tiny_config: HarvestConfig
 ) -> None:
