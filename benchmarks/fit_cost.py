@@ -4,8 +4,8 @@ that plans with them.
     python benchmarks/fit_cost.py
 
 Rates of a GPU are a least-squares fit to the fused TopK steps of results/step.jsonl, as trained and
-of one size after another; those of links the newest of results/distributed.jsonl. What was not measured is assumed, and the
-page says so. Writes saekit/cost_figures.json and docs/plan_10m.md.
+of one size after another; those of links the newest of results/distributed.jsonl. What was not
+measured is assumed, and the page says so. Writes saekit/cost_figures.json and docs/plan_10m.md.
 """
 
 from pathlib import Path

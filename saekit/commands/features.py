@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
-from saekit.commands._shared import ConfigArgs, choice, parse, print_metrics, toml, unshuffled
+from saekit.commands._shared import ConfigArgs, choice, parse, print_metrics, toml
 from saekit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def run(argv: list[str]) -> None:
         raise ConfigError(f"there is no `saekit features {what}`; there is: build")
     argv, given = toml(argv)
     from saekit.activations_cache.store import ActivationCache
+    from saekit.activations_cache.unshuffled import unshuffled
     from saekit.checkpoint import load
     from saekit.evals._base import evaluate
     from saekit.evals.examples import ExamplesConfig
