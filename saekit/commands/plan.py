@@ -1,4 +1,4 @@
-"""Say what a harvest will take: disk, memory, time; with --gpus, what training by GPUs will take."""
+"""Say what a harvest will take: disk, memory, time; with --gpus, what a training will take."""
 
 from dataclasses import dataclass
 from datetime import timedelta
