@@ -177,6 +177,9 @@ class Job:
             for number in gone:
                 self.remake(folder, current, number)
             if not current.complete:
+                if not folder.exists(manifest.NAME):
+                    # A shard without it would look like somebody else's file.
+                    current.save(folder)
                 # The rest of the corpus, with the batch that showed that there is one.
                 rest = chain([] if first is None else [first], stream)
                 replace(self._fill(folder, current, rest, progress), complete=True).save(folder)

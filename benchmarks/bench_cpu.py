@@ -103,7 +103,7 @@ def _peer(make: bench_peers.Make) -> Step:
 def one_case(args: argparse.Namespace) -> None:
     """Of a process of its own: prints seconds of steps and memory as JSON."""
     draw = planted(args.d_in, args.k, args.batch_size, "cpu")
-    held = [draw() for _ in range(4)]
+    held: list[torch.Tensor] = [draw() for _ in range(4)]
     number = [0]
 
     def rows() -> torch.Tensor:

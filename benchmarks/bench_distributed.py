@@ -46,7 +46,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    shape = {"nargs": 3, "type": int, "metavar": ("D_IN", "D_SAE", "K")}
+    shape: dict[str, Any] = {"nargs": 3, "type": int, "metavar": ("D_IN", "D_SAE", "K")}
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--latent", **shape, default=[4_096, 262_144, 64])
     parser.add_argument("--data", **shape, default=[2_048, 65_536, 64])
@@ -104,7 +104,7 @@ class Bench:
                 )
         return lines
 
-    def step(self, mesh: Mesh, shape: list[int], batch: int) -> tuple[Any, Callable[[], object]]:
+    def step(self, mesh: Mesh, shape: list[int], batch: int) -> tuple[Any, Callable[[], Tensor]]:
         """A step as trainers take it, from random weights, and a call that takes one."""
         from saekit.kernels.triton_step import FusedTopKStep
         from saekit.kernels.triton_step_mesh import FusedMeshStep
@@ -135,14 +135,14 @@ class Bench:
         return step, call
 
     def check(self) -> list[Line]:
-        lines = []
+        lines: list[Line] = []
         shape = [512, 8_192, 32] if self.device.type == "cuda" else self.args.latent
         batch = 1_024 if self.device.type == "cuda" else self.args.batch_size
         for name, mesh in (("latent", self.by_latents), ("data", self.by_rows)):
-            found = []
+            found: list[tuple[list[float], Tensor, float]] = []
             for one in (ALONE, mesh):
                 step, call = self.step(one, shape, batch)
-                losses = [float(call()) for _ in range(3)]
+                losses = [call().item() for _ in range(3)]
                 step.write_back()
                 W_dec = step._whole["W_dec"] if one.size > 1 else step.parameters["W_dec"]
                 found.append((losses, one.whole(W_dec).float(), float(step.l0)))

@@ -11,6 +11,7 @@ the system's page cache where it has room for them; `disk_mb_per_s` is a plain w
 """
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,13 +60,9 @@ def turns(args: argparse.Namespace, shape: Shape, cache: ActivationCache) -> dic
         held = [next(reader) for _ in range(4)]
         run.begin(lambda: torch.cat([columns[HOOK] for columns in held]))
         # Compiled, captured, and warm: a log line, too.
-        for number in range(run.cfg.log_every + 5):
-            run.advance(held[number % 4])
-        number = [0]
-
-        def again() -> Columns:
-            number[0] += 1
-            return held[number[0] % 4]
+        again = itertools.cycle(held).__next__
+        for _ in range(run.cfg.log_every + 5):
+            run.advance(again())
 
         on_gpu, read = [], []
         for _ in range(args.turns):

@@ -74,7 +74,7 @@ def measured_steps(results: dict[str, list[Line]]) -> list[Line]:
         and (line["op"], line.get("variant")) in wanted
         and line.get("ms") is not None
     ]
-    return newest(lines, "op", "variant", "d_in", "d_sae", "k", "batch")
+    return list(newest(lines, "op", "variant", "d_in", "d_sae", "k", "batch"))
 
 
 def of_one(line: Line) -> Training:
@@ -123,7 +123,7 @@ def page(figures: Figures, results: dict[str, list[Line]]) -> str:
                 rows,
             )
         )
-    return BEGIN + "".join(parts) + END
+    return f"{BEGIN}{''.join(parts)}{END}"
 
 
 def _figures(figures: Figures) -> str:
@@ -139,7 +139,7 @@ def _figures(figures: Figures) -> str:
         (what, f"{getattr(figures, name):.3g}", "" if name in figures.measured else "assumed")
         for name, what in names.items()
     ]
-    return f"On {figures.gpu}:\n\n" + markdown(("figure", "", ""), rows)
+    return f"On {figures.gpu}:\n\n{markdown(('figure', '', ''), rows)}"
 
 
 def _against(figures: Figures, results: dict[str, list[Line]]) -> str:
@@ -155,7 +155,7 @@ def _against(figures: Figures, results: dict[str, list[Line]]) -> str:
             one = Training(**shape, **mesh, batch_size=line["batch"])
             rows.append(_compared(one, figures, line["ms"], line["peak_gib"]))
     columns = ("step", "mesh", "ms measured", "ms by the model", "GiB measured", "GiB by the model")
-    return "\n" + markdown(columns, list(dict.fromkeys(rows)))
+    return f"\n{markdown(columns, list(dict.fromkeys(rows)))}"
 
 
 def _compared(one: Training, figures: Figures, ms: float, gib: float | None) -> tuple[str, ...]:

@@ -160,7 +160,7 @@ def random_pursuit_sae(
 def _directions(like: SAE, seed: int) -> Float[Tensor, "d_sae d"]:
     generator = seeds.stream("random control", seed)
     directions = torch.randn(like.d_sae, like.d_in, generator=generator)
-    return directions / directions.norm(dim=1, keepdim=True)
+    return torch.nn.functional.normalize(directions, dim=1)
 
 
 def pca_sae(

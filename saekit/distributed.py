@@ -8,11 +8,13 @@ Everything goes through torch.distributed; nothing is pickled on the way.
 """
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -256,7 +258,10 @@ def connect(
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         # The watch comes first, and names who is late.
-        dist.init_process_group(backend, timeout=timedelta(seconds=2 * stall_seconds))
+        timeout = timedelta(seconds=2 * stall_seconds)
+        store = next(iter(dist.rendezvous("env://", timeout=timeout)))[0]
+        store = dist.PrefixStore(agreed(store, rank, ranks, stall_seconds), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
     grid = init_device_mesh(device.type, shape, mesh_dim_names=("data", "latent"))
     groups: dict[Axis, Any] = {
         "data": grid.get_group("data"),
@@ -264,6 +269,46 @@ def connect(
         "all": dist.group.WORLD,
     }
     return Mesh(*shape, rank, groups, Watch(rank, ranks, stall_seconds))
+
+
+def agreed(store: dist.Store, rank: int, ranks: int, seconds: float) -> str:
+    """A name for this start of all processes, the same in each and never used before.
+
+    torchrun keeps one store over its restarts, and no number in its environment is the same on
+    every machine after one (pytorch issues 135712 and 167288): without a name, a process finds the
+    addresses of those that have ended. Each other process says a name of its own until the first
+    one answers with it, and with the name of the start; what an ended one has said is never
+    answered twice.
+
+    Raises SaekitError with the ranks that have not come after so many seconds.
+    """
+    mine, until = uuid4().hex, time.monotonic() + seconds
+    left = set(range(1, ranks)) if rank == 0 else {0}
+    name = mine
+    if rank > 0:
+        store.set(f"hello {rank}", mine)
+    while left:
+        if time.monotonic() > until:
+            raise SaekitError(
+                f"rank {rank} of {ranks} has waited {seconds:g} s for the start of rank "
+                f"{', '.join(map(str, sorted(left)))}: look at what its machine says, and start "
+                "all of them again"
+            )
+        if rank == 0:
+            for other in left:
+                store.set(f"answer {other}", f"{mine} {_said(store, f'hello {other}')}")
+            left = {other for other in left if _said(store, f"heard {other}") != mine}
+        else:
+            name, _, answered = _said(store, f"answer {rank}").partition(" ")
+            if answered == mine:
+                store.set(f"heard {rank}", name)
+                return name
+        time.sleep(0.02)
+    return name
+
+
+def _said(store: dist.Store, key: str) -> str:
+    return str(store.get(key), "ascii") if store.check([key]) else ""
 
 
 def disconnect() -> None:

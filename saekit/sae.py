@@ -122,7 +122,8 @@ class UnitRow:
         return x_hat * self._length(x)
 
     def _length(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch 1"]:
-        return x.norm(dim=-1, keepdim=True) / math.sqrt(x.shape[-1])
+        length: Tensor = x.norm(dim=-1, keepdim=True)
+        return length / math.sqrt(x.shape[-1])
 
 
 RowNorm = LayerNorm | UnitRow

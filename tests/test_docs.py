@@ -110,7 +110,14 @@ def test_a_run_is_compared_with_the_eager_one_of_its_seed(tables: ModuleType) ->
 
 
 def _dark_line(width: int, figures: dict[str, list[float]]) -> dict[str, object]:
-    line = {"op": "sae", "hook": "h", "width": width, "k": 2, "seed": 0, "figures": figures}
+    line: dict[str, object] = {
+        "op": "sae",
+        "hook": "h",
+        "width": width,
+        "k": 2,
+        "seed": 0,
+        "figures": figures,
+    }
     return line | {"core": {"l0_mean": [2.0], "dead_share": [0.0]}}
 
 

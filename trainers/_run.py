@@ -397,10 +397,10 @@ _ALONG = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "threshold": 0}
 def _with(sae: SAE, tensors: dict[str, Tensor]) -> SAE:
     """The SAE with other latents, and all else copied to the CPU."""
     common = {n: t.to("cpu", copy=True) for n, t in sae.tensors().items() if n not in _ALONG}
-    new = {**common, **tensors}
+    new: dict[str, Any] = {**common, **tensors}
     threshold = new.pop("threshold", None)
     activation = sae.activation if threshold is None else JumpReLU(threshold)
-    return SAE(**new, activation=activation, provenance=sae.provenance)
+    return replace(sae, **new, activation=activation)
 
 
 def _optimiser(

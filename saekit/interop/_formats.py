@@ -43,6 +43,6 @@ def detect(path: Path) -> str:
         )
     held = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else [path.name]
     raise CheckpointError(
-        f"{path} is of no format known here ({', '.join(names())}); it holds "
+        f"{path} holds no finished SAE of a format known here ({', '.join(names())}), but "
         f"{', '.join(held) or 'nothing'}"
     )

@@ -72,7 +72,9 @@ class FusedMeshStep(FusedTopKStep):
         self._counters = [t for t in (since, fired) if t is not None]
         self.whole_state = self._state_of_all(state or {}, b_dec, moments)
         super().__init__(
-            *(t[self._own] for t in self._whole.values()),
+            W_enc_T.detach()[self._own],
+            W_dec.detach()[self._own],
+            b_enc.detach()[self._own],
             b_dec,
             k=min(k, len(W_dec)),
             batch_size=batch_size,
@@ -188,7 +190,7 @@ class FusedMeshStep(FusedTopKStep):
             room = self._pre.view(-1)[: n * self._n_latents].view(n, -1)
             centred = self._centred[self._ours][rows]
             pre = torch.addmm(self._full["b_enc"], centred, W_enc, out=room)
-            found = tuple(t[rows] for t in self._candidates)
+            found = self._candidates[0][rows], self._candidates[1][rows]
             topk_select(pre, self.k, out=found, config=self._select)
             every = mesh.gather(found[0], "latent")
             _keep_kernel[(n,)](

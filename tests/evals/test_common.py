@@ -57,8 +57,10 @@ def test_a_second_run_is_identical(
     first = run(here, random_sae, tiny_cache, tmp_path / "first")
     second = run(here, random_sae, tiny_cache, tmp_path / "second")
     assert first.metrics == second.metrics
-    for file in sorted((tmp_path / "first").iterdir()):
-        assert file.read_bytes() == (tmp_path / "second" / file.name).read_bytes()
+    files = [file for file in (tmp_path / "first").rglob("*") if file.is_file()]
+    for file in files:
+        again = tmp_path / "second" / file.relative_to(tmp_path / "first")
+        assert file.read_bytes() == again.read_bytes()
 
 
 def test_it_leaves_the_sae_as_it_was(

@@ -307,8 +307,10 @@ def llama_scope_v1(at: Path) -> Foreign:
     W, b, D, c = (t.to(torch.bfloat16).float() for t in (W, b, D, c))
     into, out, norm = math.sqrt(D_IN) / 3, math.sqrt(D_IN) / 5, D.norm(dim=1)
 
+    scaled: Tensor = D * (into / out) / norm[:, None]
+
     def decode(z: Tensor, x: Tensor) -> Tensor:
-        return z @ (D * (into / out) / norm[:, None]) + c / out
+        return z @ scaled + c / out
 
     return Foreign(at, lambda x: above((x @ W + b / into) * norm, 0.8), decode)
 
@@ -346,7 +348,7 @@ def llamascopium(at: Path) -> Foreign:
         "use_glu_encoder": False,
     }
     put_json(at / "config.json", config)
-    norm = D.norm(dim=1)
+    norm: Tensor = D.norm(dim=1)
 
     def encode(x: Tensor) -> Tensor:
         pre = (x * math.sqrt(D_IN) / x.norm()) @ W + b

@@ -160,7 +160,7 @@ def test_a_format_that_is_read_only_says_which_can_be_written(tmp_path: Path) ->
 
 def test_a_folder_of_no_format_says_what_it_holds(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").touch()
-    with pytest.raises(CheckpointError, match=r"of no format known here .* holds weights\.bin"):
+    with pytest.raises(CheckpointError, match=r"of a format known here .*, but weights\.bin"):
         interop.detect(tmp_path)
     with pytest.raises(CheckpointError, match="is not there"):
         interop.detect(tmp_path / "nowhere")

@@ -51,7 +51,7 @@ def steps(case: str, mesh: Mesh) -> dict[str, Tensor]:
         options["mesh"] = mesh
     form = getattr(import_module(f"saekit.kernels.{module}"), name)
     step = form(*given.values(), k=K, batch_size=BATCH, since=since, fired=fired, **options)
-    found = {}
+    found: dict[str, Any] = {}
     part = BATCH // mesh.data
     for number in range(STEPS):
         # Few values, so that pre-activations are equal now and then in bfloat16.
@@ -109,9 +109,8 @@ if __name__ == "<run_path>":
     runpy.run_path(str(Path(globals()["HERE"]) / "_interpret.py"))
     triton_step = import_module("saekit.kernels.triton_step")
     # The interpreter runs programs one after another.
-    triton_step._RESIDUAL_PARTS, triton_step._ENCODER_PARTS = 3, 2
     few = triton_step.RowConfig(1, 2, 2)
-    triton_step.row_config = lambda _: few
+    vars(triton_step).update(_RESIDUAL_PARTS=3, _ENCODER_PARTS=2, row_config=lambda _: few)
     for shape in ((1, 2), (2, 1)):
         mesh = connect(shape, "cpu", 120)
         for case in CASES:
