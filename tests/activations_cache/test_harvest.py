@@ -91,7 +91,7 @@ def test_a_harvest_killed_anywhere_ends_in_the_same_files(
     with pytest.raises(KeyboardInterrupt):
         harvest(tiny_config, tmp_path / "c")
     monkeypatch.undo()
-    with pytest.raises(CacheError, match="not complete" if die_at else "is no activation cache"):
+    with pytest.raises(CacheError, match="not complete"):
         ActivationCache.open(tmp_path / "c")
     resumed = harvest(tiny_config, tmp_path / "c")
     assert resumed.fingerprint == tiny_cache.fingerprint
