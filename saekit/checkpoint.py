@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saekit.errors import CheckpointError
+from saekit.errors import CheckpointError, first_line
 from saekit.files import file_sha256, write_atomic, write_json
 from saekit.results import Provenance
 from saekit.sae import (
@@ -98,8 +98,8 @@ def load(path: Path | str, device: str = "cpu") -> SAE:
         return _sae(config, tensors)
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{folder / CONFIG} is not what saekit writes ({type(error).__name__}: {error}): copy "
-            "the folder again from its source"
+            f"{folder / CONFIG} is not what saekit writes ({type(error).__name__}: "
+            f"{first_line(error)[:200]}): copy the folder again from its source"
         ) from error
 
 
@@ -122,7 +122,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{folder} holds no finished SAE ({CONFIG} is missing or unreadable). Give the folder "
             "that `saekit train ... --out` wrote; if the run was stopped, the same command "
@@ -159,6 +159,9 @@ def _activation_to_dict(activation: Activation) -> dict[str, Any]:
 
 
 def _activation_from_dict(values: dict[str, Any], tensors: dict[str, Tensor]) -> Activation:
+    for name in ("k", "steps"):
+        if type(values.get(name, 1)) is not int:
+            raise CheckpointError(f"{CONFIG}: {name}={values[name]!r:.80} must be a whole number")
     match values["kind"]:
         case "relu":
             return ReLU()
@@ -170,7 +173,7 @@ def _activation_from_dict(values: dict[str, Any], tensors: dict[str, Tensor]) ->
             return MatchingPursuit(**{key: v for key, v in values.items() if key != "kind"})
         case other:
             raise CheckpointError(
-                f"activation kind '{other}' is unknown to this saekit (relu, topk, jumprelu, "
+                f"activation kind '{other!s:.80}' is unknown to this saekit (relu, topk, jumprelu, "
                 "matching_pursuit): upgrade"
             )
 
@@ -193,5 +196,6 @@ def _row_norm_from_dict(values: dict[str, Any] | None) -> RowNorm | None:
             return UnitRow()
         case other:
             raise CheckpointError(
-                f"row_norm '{other}' is unknown to this saekit (layer_norm, unit_row): upgrade"
+                f"row_norm '{other!s:.80}' is unknown to this saekit (layer_norm, unit_row): "
+                "upgrade"
             )

@@ -29,6 +29,8 @@ _CONFIG_BYTES = 1 << 22
 _RATIO = 20
 """How far weights may be compressed; floating-point numbers hardly can."""
 
+_LARGEST = torch.finfo(torch.float32).max
+
 _T = TypeVar("_T", int, float, str, bool)
 
 
@@ -179,8 +181,8 @@ class Options:
             found = int(found)
         if not isinstance(found, kind) or (kind is int and isinstance(found, bool)):
             raise self._wrong(name, found, f"a {kind.__name__}")
-        if isinstance(found, float) and not math.isfinite(found):
-            raise self._wrong(name, found, "a finite number")
+        if isinstance(found, float) and not abs(found) <= _LARGEST:
+            raise self._wrong(name, found, "a number that float32 can hold")
         return found
 
     def _wrong(self, name: str, found: Any, rule: str) -> CheckpointError:

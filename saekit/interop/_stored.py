@@ -11,6 +11,7 @@ steps into the weights instead, which gives a `saekit.sae.SAE`. The two share no
 proves the other: see `_parity`. Axes: batch, d_in, d_out, d_sae.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -97,9 +98,9 @@ class Stored:
                 "a skip path beside rows that are normalised cannot be held: nothing says which of "
                 "both the path would read"
             )
-        if min(self.scale_in, self.scale_out) <= 0:
+        if not (0 < self.scale_in < math.inf and 0 < self.scale_out < math.inf):
             raise CheckpointError(
-                f"scaled by {self.scale_in} and {self.scale_out}: both must be above 0"
+                f"scaled by {self.scale_in} and {self.scale_out}: both must be above 0, and finite"
             )
 
     @torch.no_grad()
@@ -200,7 +201,14 @@ class Stored:
         for step in self.steps():
             weights = step.do(weights)
         wide = torch.promote_types(self.W_enc.dtype, torch.float32)
-        return self.sae_of({name: tensor.to(wide) for name, tensor in weights.items()})
+        for name, tensor in weights.items():
+            weights[name] = tensor.to(wide)
+            if not weights[name].isfinite().all():
+                raise CheckpointError(
+                    f"{name} is not finite in {wide} once its tool's scaling is part of it: it "
+                    "cannot be held"
+                )
+        return self.sae_of(weights)
 
     def weights(self) -> Weights:
         """The tensors as they are, in float64."""

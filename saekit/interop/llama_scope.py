@@ -125,7 +125,7 @@ def _norms(
     if names[0] not in measured or min(measured.values()) <= 0:
         raise CheckpointError(
             f"{options.where}: norm_activation is dataset-wise, so {_NORM} must have the mean norm "
-            f"at '{names[0]}', above 0; it has {measured}"
+            f"at '{names[0][:80]}', above 0; it has {str(measured)[:200]}"
         )
     norm_out = measured.get(names[1], measured[names[0]])
     return None, math.sqrt(d_in) / measured[names[0]], math.sqrt(d_in) / norm_out
