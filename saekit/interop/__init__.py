@@ -9,12 +9,12 @@ from typing import Any
 
 from saekit.errors import CheckpointError, ConfigError
 from saekit.interop import _formats
+from saekit.interop._formats import names
+from saekit.interop._hub import local
 from saekit.interop._stored import Stored
 from saekit.sae import SAE
 
 __all__ = ["detect", "load", "names", "read", "read_stored", "write"]
-
-names = _formats.names
 
 
 def detect(path: Path | str) -> str:
@@ -43,7 +43,7 @@ def folded(stored: Stored, path: Path | str) -> SAE:
 
 def read_stored(path: Path | str, format: str | None = None) -> Stored:
     """The tensors of a file or folder as its tool has them, and what that tool does with them."""
-    path = Path(path)
+    path = local(path)
     name = _formats.detect(path) if format is None else format
     stored: Stored = _formats.find(name).read(path)
     return stored
@@ -69,14 +69,15 @@ def write(
 
 
 def load(what: Path | str, device: str = "cpu") -> SAE:
-    """An SAE from a run's folder, or a file or folder of any format (see `names`).
+    """An SAE from a run's folder, a file or folder of any format (see `names`), or the hub:
+    `hf://owner/name/path`, or `hf://owner/name@revision/path`.
 
     Raises SaekitError where it is not there, is damaged, or cannot be held.
     """
     from saekit import checkpoint
     from saekit.interop import native
 
-    path = Path(what)
+    path = local(what)
     # With its provenance, which a Stored does not have. What is none of ours, or ours and not
     # finished, has an error of its own.
     if native.detect(path) or not path.exists():

@@ -21,6 +21,7 @@ from saekit.conformance import rows_for
 from saekit.errors import CheckpointError, ConfigError, SaekitError
 from saekit.files import file_sha256, write_json
 from saekit.interop import _formats, folded, read_stored
+from saekit.interop._hub import local
 from saekit.interop._stored import Stored
 from saekit.results import versions
 
@@ -100,6 +101,7 @@ def convert(
         raise ConfigError(f"format '{format}' holds one SAE in a folder, not {len(sources)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is there already: give a new folder")
+    asked, sources = sources, [local(source) for source in sources]
     stored = [read_stored(source, source_format) for source in sources]
     saes = [folded(one, source) for one, source in zip(stored, sources, strict=True)]
     origins = [{**one.origin, **(about or {})} for one in stored]
@@ -118,6 +120,7 @@ def convert(
             "versions": versions(),
             "source_format": stored[0].format,
             "product_format": format,
+            "asked_for": [str(source) for source in asked],
             "sources": [str(Path(source).absolute()) for source in sources],
             "source_files": [
                 _hashes(Path(source), one.format)
@@ -144,7 +147,7 @@ def read_record(product: Path | str) -> dict[str, Any]:
     path = Path(product) / FILE
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is missing or unreadable: `saekit convert` writes it beside what it makes"
         ) from error
