@@ -11,7 +11,7 @@ PYTEST_ARGS ?= -n 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo test check constraints clean help
+.PHONY: demo test check docs constraints clean help
 
 demo: $(VENV)/.runtime  ## Run the whole path, text to feature browser, on the embedded model (into demo_run/)
 	$(BIN)/saekit demo --out demo_run
@@ -25,7 +25,10 @@ check: $(VENV)/.dev  ## Formatting, lint, and both type checkers
 	$(BIN)/mypy
 	$(BIN)/pyright
 
-# The four stamps below are what makes a second call quick: each is newer than the files it was made from.
+docs: $(VENV)/.docs  ## Build the documentation into site/, to be read without a network (site/index.html)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+# The five stamps below are what makes a second call quick: each is newer than the files it was made from.
 
 $(VENV)/.made:
 	@command -v $(PYTHON) >/dev/null || { \
@@ -55,6 +58,11 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml constraints.txt
 	@$(PIP_INSTALL) -e '.[dev]' -c constraints.txt
 	@touch $@ $(VENV)/.runtime
 
+$(VENV)/.docs: $(VENV)/.torch pyproject.toml constraints.txt
+	@echo "saekit: installing saekit with what builds its documentation"
+	@$(PIP_INSTALL) -e '.[docs]' -c constraints.txt
+	@touch $@ $(VENV)/.runtime
+
 # A fresh environment with the newest of everything, less what is of one kind of machine:
 # local versions (+cpu) and the CUDA packages, which a GPU build of torch pins by itself.
 TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
@@ -63,7 +71,7 @@ constraints:  ## Write constraints.txt anew from the newest versions (TORCH=2.13
 	echo "saekit: installing the newest versions into $$scratch (some minutes)"; \
 	$(PYTHON) -m venv "$$scratch/venv"; \
 	"$$scratch/venv/bin/python" -m pip install $(PIP_FLAGS) "torch==$(TORCH)"; \
-	"$$scratch/venv/bin/python" -m pip install $(PIP_FLAGS) -e '.[dev]'; \
+	"$$scratch/venv/bin/python" -m pip install $(PIP_FLAGS) -e '.[dev,docs]'; \
 	{ echo "# Every version that the tests ran with. Made by: make constraints"; \
 	  "$$scratch/venv/bin/python" -m pip freeze --exclude-editable \
 	    | sed -E -e 's/\+[a-z0-9.]+$$//' -e '/^(nvidia|cuda|triton|setuptools)/Id' -e '/ @ /d'; \
@@ -71,8 +79,8 @@ constraints:  ## Write constraints.txt anew from the newest versions (TORCH=2.13
 	mv "$$scratch/constraints.txt" constraints.txt; \
 	echo "saekit: wrote constraints.txt ($$(grep -c == constraints.txt) versions)"
 
-clean:  ## Remove caches, build products and demo_run/ (.venv stays: delete it by hand to start afresh)
-	rm -rf build dist *.egg-info demo_run .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis
+clean:  ## Remove caches, build products, site/ and demo_run/ (.venv stays: delete it by hand to start afresh)
+	rm -rf build dist site *.egg-info demo_run .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find saekit activations_cache trainers evals dashboard tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 help:  ## Show this list

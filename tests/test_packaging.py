@@ -18,6 +18,7 @@ MAPPED = ("activations_cache", "dashboard", "evals", "trainers")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 PROJECT = PYPROJECT["project"]
+EXTRAS = PROJECT["optional-dependencies"]
 
 
 def folder_of(package: str) -> Path:
@@ -71,7 +72,7 @@ def test_the_version_is_one() -> None:
 
 def test_the_constraints_pin_each_dependency_within_its_range() -> None:
     pins = {canonicalize_name(name): pin for name, pin in constraints()}
-    for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]:
+    for text in [*PROJECT["dependencies"], *EXTRAS["dev"], *EXTRAS["docs"]]:
         requirement = Requirement(text)
         if requirement.name == "triton":
             continue  # GPU builds of torch pin their own
