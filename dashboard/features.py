@@ -5,6 +5,7 @@ No torch, no streamlit. Nothing here makes an object for each latent: columns ar
 what is shown becomes text. Axes: d_sae (latents), found (those that pass the filters, in order).
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -256,6 +257,7 @@ def _listed(store: FeatureStore, name: str, latent: int, limit: int = 5) -> str:
     begin, entries = store.lists(name)
     tokens = entries[begin[latent] : begin[latent + 1]]
     names = [name_token(store.vocab[token]) for token in tokens[:limit].tolist()]
+    names = [re.sub("␣{4,}", lambda run: f"␣×{len(run[0])}", name) for name in names]
     return "  ".join(name if len(name) <= 16 else f"{name[:15]}…" for name in names)
 
 

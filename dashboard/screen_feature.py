@@ -4,12 +4,22 @@ the user noted of it.
 The chosen latent lives in the session under "latent" and in the address as `?latent=`.
 """
 
+import json
+from collections.abc import Callable
 from typing import Any, Literal
 
 import streamlit as st
 from numpy import ndarray
 
-from saekit.dashboard import _notes, _render, features, figures, figures_features, screen_parts
+from saekit.dashboard import (
+    _notes,
+    _render,
+    export,
+    features,
+    figures,
+    figures_features,
+    screen_parts,
+)
 from saekit.dashboard._notes import Note
 from saekit.dashboard.data import Run
 from saekit.dashboard.report import context_note
@@ -46,6 +56,7 @@ def panel(run: Run, store: FeatureStore, index: int, found: ndarray, *, writable
         _neighbours(store, latent)
         _heads(run, latent)
     _note(run, index, note, writable=writable)
+    downloads(run, store, [index], f"latent-{index}")
 
 
 def _told(run: Run) -> tuple[dict[int, Note], dict[int, str]]:
@@ -59,7 +70,7 @@ def _told(run: Run) -> tuple[dict[int, Note], dict[int, str]]:
 def _header(
     run: Run, store: FeatureStore, latent: Latent, found: ndarray, note: Note, *, writable: bool
 ) -> None:
-    row = st.container(horizontal=True, vertical_alignment="bottom")
+    row = st.container(horizontal=True, vertical_alignment="bottom", gap="xsmall")
     row.markdown(f"### Latent {latent.index}", width="stretch")
     row.button(
         "",
@@ -87,7 +98,7 @@ def _header(
         step=1,
         key="latent",
         label_visibility="collapsed",
-        width=100,
+        width=80,
     )
     row.button(
         "",
@@ -252,6 +263,30 @@ def _note(run: Run, index: int, note: Note, *, writable: bool) -> None:
         placeholder="What is it?" + _only_with_write(writable),
         on_change=lambda: _keep(run, index, text=st.session_state[key]),
     )
+
+
+def downloads(run: Run, store: FeatureStore, latents: list[int], name: str) -> None:
+    """Buttons that hand some latents on; what they give is made when they are pressed."""
+    row = st.container(horizontal=True)
+    made: dict[str, tuple[str, Callable[[], str]]] = {
+        "HTML": ("html", lambda: export.html_page(run, store, latents)),
+        "CSV": ("csv", lambda: export.csv_table(run, store, latents)),
+        "Neuronpedia": ("json", lambda: _batch(run, store, latents)),
+    }
+    for title, (ending, make) in made.items():
+        row.download_button(
+            title,
+            make,
+            file_name=f"{name}.{ending}",
+            icon=":material/download:",
+            key=f"download-{name}-{ending}",
+            on_click="ignore",
+        )
+
+
+def _batch(run: Run, store: FeatureStore, latents: list[int]) -> str:
+    name = run.path.resolve().name
+    return json.dumps(export.neuronpedia(store, latents, name), allow_nan=False)
 
 
 def _keep(run: Run, index: int, **changes: Any) -> None:

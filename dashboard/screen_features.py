@@ -29,6 +29,9 @@ from saekit.features import FeatureStore
 WRITE = "--write"
 """Argument of the app: whether the browser may write into the run."""
 
+EXPORTED = 100
+"""Latents of a selection that are handed on at once; of all there is the static site."""
+
 ROWS = 500
 """Rows of the table at once: the web browser gets them all."""
 
@@ -86,6 +89,11 @@ def show(run: Run) -> None:
             _map(store, found, latent)
         else:
             _table(store, found, latent, notes, texts)
+        some = found[:EXPORTED].tolist()
+        st.caption(
+            f"To hand on: the {'first ' if len(found) > EXPORTED else ''}{len(some):,} listed"
+        )
+        screen_feature.downloads(run, store, some, "latents")
     with right:
         screen_feature.panel(run, store, latent, found, writable=writable())
 

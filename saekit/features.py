@@ -12,7 +12,7 @@ first), vocab.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -259,36 +259,27 @@ class FeatureStore:
 
     def latent(self, index: int) -> Latent:
         """Read one latent. Raises SaekitError where the SAE has none of that number."""
-        if not 0 <= index < self.d_sae:
-            raise SaekitError(f"there is no latent {index}: this SAE has 0 to {self.d_sae - 1}")
-        row = self._one("latents", index).to_pylist()[0]
-        lists = {
-            name: np.array(row[name], dtype=of.to_pandas_dtype()) for name, of in LISTS.items()
-        }
-        passages = [
-            Passage(
-                kind=p["kind"],
-                group=p["group"],
-                row=p["row"],
-                at=p["at"],
-                act=p["act"],
-                unexplained=p["unexplained"],
-                document=p["document"],
-                tokens=np.array(p["tokens"], dtype=np.int32),
-                acts=np.array(p["acts"], dtype=np.float32),
-            )
-            for p in self._one("contexts", index).to_pylist()
-        ]
-        return Latent(index, {name: float(row[name]) for name in SCALARS}, lists, passages)
+        return next(self.scan([index]))
 
-    def _one(self, part: str, index: int) -> Any:
-        """The rows of one latent, as an Arrow table."""
-        number, within = divmod(index, self.header.latents_per_file)
+    def scan(self, latents: Iterable[int]) -> Iterator[Latent]:
+        """Read latents one by one, in the order given; those that follow their neighbours cost
+        little. Raises SaekitError at the first number that the SAE does not have."""
+        group, rows = None, {}
+        for index in latents:
+            if not 0 <= index < self.d_sae:
+                raise SaekitError(f"there is no latent {index}: this SAE has 0 to {self.d_sae - 1}")
+            number, within = divmod(index, self.header.latents_per_file)
+            wanted = number, within // self.header.latents_per_group
+            if wanted != group:
+                group = wanted
+                rows = {part: self._group(part, *wanted) for part in ("latents", "contexts")}
+            yield _as_latent(index, *(_rows_of(table, index) for table in rows.values()))
+
+    def _group(self, part: str, number: int, group: int) -> Any:
+        """A row group of a part of the store, as an Arrow table."""
         path = self._file(part, number)
         with self._open(path) as file, _in_words(path):
-            group = file.read_row_group(within // self.header.latents_per_group, use_threads=False)
-        first, last = np.searchsorted(group["latent"].to_numpy(), [index, index + 1])
-        return group.slice(int(first), int(last - first))
+            return file.read_row_group(group, use_threads=False)
 
     def _read(self, name: str) -> Any:
         tables = [self._table(path, name) for path in self._files("latents")]
@@ -330,6 +321,32 @@ class FeatureStore:
                     raise SaekitError(f"{path} holds {found} rows, not those of {latents} latents")
         for name in ("vocab.parquet", "documents.parquet"):
             self._open(self.folder / name).close()
+
+
+def _rows_of(table: Any, index: int) -> list[dict[str, Any]]:
+    first, last = np.searchsorted(table["latent"].to_numpy(), [index, index + 1])
+    rows: list[dict[str, Any]] = table.slice(int(first), int(last - first)).to_pylist()
+    return rows
+
+
+def _as_latent(index: int, row: list[dict[str, Any]], contexts: list[dict[str, Any]]) -> Latent:
+    numbers = {name: float(row[0][name]) for name in SCALARS}
+    lists = {name: np.array(row[0][name], dtype=of.to_pandas_dtype()) for name, of in LISTS.items()}
+    passages = [
+        Passage(
+            kind=p["kind"],
+            group=p["group"],
+            row=p["row"],
+            at=p["at"],
+            act=p["act"],
+            unexplained=p["unexplained"],
+            document=p["document"],
+            tokens=np.array(p["tokens"], dtype=np.int32),
+            acts=np.array(p["acts"], dtype=np.float32),
+        )
+        for p in contexts
+    ]
+    return Latent(index, numbers, lists, passages)
 
 
 @contextmanager

@@ -24,6 +24,9 @@ class DashboardArgs(Args):
     password."""
     headless: bool = False
     """Serve, without opening a web browser."""
+    export: Path | None = None
+    """Folder for a static site of the run's features, in place of serving: it opens from the disk,
+    without a server or a network."""
     write: bool = False
     """Let the browser write into the run: make its feature store (`results/features`), and keep
     your stars and notes (`notes.json`). Without, it changes nothing."""
@@ -33,6 +36,12 @@ def run(argv: list[str]) -> None:
     args = parse(DashboardArgs, argv, "dashboard")
     from saekit.dashboard.server import serve
 
+    if args.export is not None:
+        from saekit.dashboard.data import Run
+        from saekit.dashboard.export import write_site
+
+        print(write_site(Run.open(args.path), args.export))
+        return
     code = serve(
         args.path, port=args.port, host=args.host, headless=args.headless, write=args.write
     )
