@@ -1,7 +1,11 @@
 """A run made by hand whose tokens are hostile, beside the real `tiny_run`."""
 
 import json
-from collections.abc import Callable
+import shutil
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +13,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from playwright.sync_api import (
+    BrowserContext,
+    Dialog,
+    Page,
+    Request,
+    ViewportSize,
+    expect,
+    sync_playwright,
+)
 from streamlit.testing.v1 import AppTest
 
-from saekit.dashboard.server import APP
+from saekit.dashboard.server import APP, HOST, command
 from saekit.features import CONTEXTS, HEADER, LATENTS, LISTS, NAME, SCALARS, Header, file_name
 from saekit.results import EvalResult, Metric, Provenance
 
@@ -203,3 +216,82 @@ def browse(monkeypatch: pytest.MonkeyPatch) -> Callable[..., AppTest]:
         return app
 
     return open_app
+
+
+# Without these Chromium looks for hosts outside, which a machine for tests may not have.
+CHROMIUM_FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[BrowserContext]:
+    """A real web browser, without a window. It ends with the module: while Playwright runs, no
+    other event loop can."""
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+    if program is None:
+        pytest.skip("there is no Chromium here; on Debian: apt-get install chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=CHROMIUM_FLAGS)
+        size: ViewportSize = {"width": 1400, "height": 900}
+        context = browser.new_context(viewport=size, accept_downloads=True)
+        context.set_default_timeout(60_000)
+        expect.set_options(timeout=60_000)
+        yield context
+        browser.close()
+
+
+@pytest.fixture
+def page(chromium: BrowserContext) -> Iterator[Page]:
+    """A page of its own. At the end nothing may have gone wrong on it: no error in its console, no
+    dialog, which a script that was let in would open, and no request to another machine."""
+    page = chromium.new_page()
+    wrong: list[str] = []
+
+    def refuse(dialog: Dialog) -> None:
+        wrong.append(f"a dialog: {dialog.message}")
+        dialog.dismiss()
+
+    def look(request: Request) -> None:
+        if not request.url.startswith((f"http://{HOST}:", "file:", "data:", "blob:")):
+            wrong.append(f"a request: {request.url}")
+
+    page.on("dialog", refuse)
+    page.on("request", look)
+    page.on("pageerror", lambda error: wrong.append(f"an exception: {error}"))
+    page.on("console", lambda line: line.type == "error" and wrong.append(line.text))
+    yield page
+    page.close()
+    assert wrong == []
+
+
+@pytest.fixture(scope="module")
+def serve() -> Iterator[Callable[..., str]]:
+    """Starts the feature browser as the command line does; gives its address."""
+    with ExitStack() as running:
+        yield lambda path, write=False: running.enter_context(_served(path, write=write))
+
+
+@contextmanager
+def _served(path: Path, *, write: bool) -> Iterator[str]:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port = probe.getsockname()[1]
+    line = command(path, port=port, headless=True, write=write)
+    with subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as server:
+        assert server.stdout is not None
+        said = []
+        while f":{port}" not in (said or [""])[-1]:
+            said.append(server.stdout.readline())
+            assert said[-1], "".join(said)
+        yield f"http://{HOST}:{port}"
+        server.terminate()
+        server.stdout.read()
