@@ -1,12 +1,12 @@
 """The making of a feature store, started from the browser: a process of its own, and how far it
 is."""
 
-import shlex
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
+from saekit.dashboard.data import quote
 from saekit.features import NAME, Progress, progress
 from saekit.results import RESULTS
 
@@ -22,7 +22,7 @@ def arguments(run: Path) -> list[str]:
 
 def command(run: Path) -> str:
     """The command that makes the store."""
-    return "saekit " + shlex.join(arguments(run))
+    return "saekit " + " ".join(map(quote, arguments(run)))
 
 
 def writes(run: Path) -> str:

@@ -1,6 +1,5 @@
 """What evaluations found of a run, beside what `Run` holds: every result, and those of controls."""
 
-import shlex
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import TypeVar
 
 from safetensors import SafetensorError
 
-from saekit.dashboard.data import Run, eval_command
+from saekit.dashboard.data import Run, eval_command, quote
 from saekit.errors import SaekitError
 from saekit.results import CONTROLS, RESULTS, Control, EvalResult
 
@@ -56,7 +55,7 @@ def controls(run: Run) -> dict[str, dict[str, EvalResult]]:
 
 def controls_command(path: Path) -> str:
     """The command that writes the results of a run's controls."""
-    return f"saekit eval all --sae {shlex.quote(str(path))} --controls"
+    return f"saekit eval all --sae {quote(str(path))} --controls"
 
 
 def _results(folder: Path, command: Callable[[str], str]) -> dict[str, EvalResult]:

@@ -3,7 +3,6 @@
 Everything is on the CPU and in fp32. Axes: row, d.
 """
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from saekit import checkpoint
 from saekit.activations_cache.model import LanguageModel
 from saekit.activations_cache.store import ActivationCache
 from saekit.activations_cache.unshuffled import unshuffled
-from saekit.dashboard.data import Run
+from saekit.dashboard.data import Run, quote
 from saekit.errors import SaekitError
 from saekit.sae import SAE
 
@@ -39,10 +38,10 @@ class Origin:
         """What is missing before the model can be run, and the command with it; else None."""
         if self.model and self.hook:
             return None
-        given = [f"--model {shlex.quote(self.model) if self.model else 'MODEL'}"]
-        given.append(f"--hook {shlex.quote(self.hook) if self.hook else 'HOOK'}")
+        given = [f"--model {quote(self.model) if self.model else 'MODEL'}"]
+        given.append(f"--hook {quote(self.hook) if self.hook else 'HOOK'}")
         what = "This SAE does not say which model and hook point it is of: name them."
-        return what, f"saekit dashboard {shlex.quote(str(path))} {' '.join(given)}"
+        return what, f"saekit dashboard {quote(str(path))} {' '.join(given)}"
 
 
 def load_sae(path: Path) -> SAE:

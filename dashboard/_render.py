@@ -6,6 +6,7 @@ Tokens and document names come from a corpus and are treated as hostile everywhe
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,11 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 def render(template: str, **values: Any) -> str:
     """The template of that name, filled; a value that it asks for and is not given raises."""
+    return _environment().get_template(template).render(**values)
+
+
+@cache
+def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=select_autoescape(["html.j2"]),
@@ -31,6 +37,7 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        finalize=_spelled,
     )
     environment.filters.update(
         interval=interval,
@@ -41,7 +48,15 @@ def render(template: str, **values: Any) -> str:
         percent=percent,
         shade=figures.shade,
     )
-    return environment.get_template(template).render(**values)
+    return environment
+
+
+def _spelled(value: Any) -> Any:
+    """Signs that would hide or reorder others are spelled out in all that a template shows; what
+    is HTML already has been through here."""
+    if not isinstance(value, str) or isinstance(value, Markup) or value.isprintable():
+        return value
+    return "\n".join(show_token(line) for line in value.split("\n"))
 
 
 def contexts_html(contexts: Sequence[Context], maximum: float) -> str:
@@ -95,10 +110,8 @@ def message_html(text: str, kind: str) -> str:
 
 
 def _parts(text: str) -> list[str]:
-    """Pieces of plain text and of code, in turn. Signs that would hide or reorder others are
-    spelled out; line breaks stay."""
-    lines = (show_token(line) for line in text.split("\n"))
-    return "\n".join(lines).split("`")
+    """Pieces of plain text and of code, in turn."""
+    return text.split("`")
 
 
 def interval(ends: tuple[float, float] | None) -> str:

@@ -84,8 +84,8 @@ def table(briefs: Sequence[Brief]) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = {
         "run": [each.shown for each in briefs],
         "state": [each.state for each in briefs],
-        "kind": [each.run.kind if each.run else None for each in briefs],
-        "hook": [each.run.hook if each.run else None for each in briefs],
+        "kind": [show_token(each.run.kind) if each.run else None for each in briefs],
+        "hook": [show_token(each.run.hook) if each.run else None for each in briefs],
         "d_sae": [each.run.d_sae if each.run else None for each in briefs],
         "tokens": [_seen(each) for each in briefs],
     }

@@ -1,7 +1,6 @@
 """Several runs as one document: an HTML file that needs no network, Markdown, and JSON for
 programs."""
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from saekit.dashboard._comparison import (
     measured_with,
     number,
 )
+from saekit.dashboard.data import quote
 from saekit.dashboard.figures_compare import Curves, Parts, Point
 from saekit.errors import SaekitError
 from saekit.files import write_json, write_text
@@ -221,15 +221,15 @@ def commands(comparison: Comparison, out: Path) -> list[str]:
         path, run = subject.run.path, subject.run
         if (path / data.CONFIG).is_file():
             again.append(f"{path}-again")
-            config, folder = shlex.quote(str(path / data.CONFIG)), shlex.quote(again[-1])
+            config, folder = quote(str(path / data.CONFIG)), quote(again[-1])
             found.append(f"saekit train {run.kind} {config} --out {folder}")
         else:
             again.append(str(path))
-    folders = shlex.join(again)
+    folders = " ".join(map(quote, again))
     controls = " --controls" if any(subject.controls for subject in comparison.subjects) else ""
-    only = shlex.join(comparison.evals)
+    only = " ".join(map(quote, comparison.evals))
     found.append(f"saekit eval all evals.toml --sae {folders} --only {only}{controls}")
-    found.append(f"saekit report {folders} --out {shlex.quote(out.name)}")
+    found.append(f"saekit report {folders} --out {quote(out.name)}")
     return found
 
 

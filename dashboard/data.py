@@ -121,7 +121,7 @@ class Run:
     def missing(self) -> list[str]:
         """The commands that still have to be given before a report can be written, in order."""
         if self.training:
-            config, out = shlex.quote(str(self.path / CONFIG)), shlex.quote(str(self.path))
+            config, out = quote(str(self.path / CONFIG)), quote(str(self.path))
             return [f"saekit train {self.kind} {config} --out {out}"]
         there = {
             "core": self.core is not None,
@@ -138,9 +138,20 @@ class Run:
             )
 
 
+def quote(text: str) -> str:
+    """A word of a command, for bash; what would hide or reorder its neighbours is spelled out."""
+    if text.isprintable():
+        return shlex.quote(text)
+    spelled = (
+        char if char.isprintable() else f"\\U{ord(char):08x}"
+        for char in text.replace("\\", "\\\\").replace("'", "\\'")
+    )
+    return f"$'{''.join(spelled)}'"
+
+
 def eval_command(name: str, path: Path) -> str:
     """The command that writes the named results into the run."""
-    return f"saekit eval {name} --sae {shlex.quote(str(path))}"
+    return f"saekit eval {name} --sae {quote(str(path))}"
 
 
 def read_log(path: Path) -> dict[str, Float[ndarray, " step"]]:

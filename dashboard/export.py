@@ -7,7 +7,6 @@ Nothing written here needs a network or a server, and all text of a corpus is sh
 import csv
 import io
 import json
-import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from markupsafe import Markup
 from numpy import ndarray
 
 from saekit.dashboard import _notes, _render, features, figures
-from saekit.dashboard.data import Context, Run, show_token
+from saekit.dashboard.data import Context, Run, quote, show_token
 from saekit.errors import SaekitError
 from saekit.features import FeatureStore, Latent, Passage
 from saekit.files import write_text
@@ -114,7 +113,7 @@ def store_of(run: Run) -> FeatureStore:
     if run.features is None:
         raise SaekitError(
             f"{run.path} has no feature store yet; make it first: "
-            f"`saekit features build {shlex.quote(str(run.path))}`"
+            f"`saekit features build {quote(str(run.path))}`"
         )
     return run.features
 
@@ -190,7 +189,7 @@ def _short(context: Context) -> list[Any]:
     """Document, place of the token picked, tokens, and the activations that are not 0."""
     at = next((at for at, span in enumerate(context.spans) if span.is_peak), 0)
     acts = {at: round(span.act, 3) for at, span in enumerate(context.spans) if span.act != 0}
-    return [show_token(context.document), at, [span.text for span in context.spans], acts]
+    return [context.document, at, [span.text for span in context.spans], acts]
 
 
 def _ranges(latent: Latent) -> list[tuple[float, float]]:

@@ -174,7 +174,7 @@ def context(store: FeatureStore, passage: Passage) -> Context:
         Span(show_token(store.vocab[token]), float(act), at == passage.at)
         for at, (token, act) in enumerate(zip(passage.tokens, passage.acts, strict=True))
     ]
-    document = store.documents[passage.document]
+    document = show_token(store.documents[passage.document])
     return Context(document, passage.act, spans, passage.unexplained)
 
 

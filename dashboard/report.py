@@ -1,6 +1,5 @@
 """A run as a document: `report.html`, one file that needs no network, and `report.md`."""
 
-import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from markupsafe import Markup
 from saekit.dashboard import _findings, _render, data, features, figures, figures_compare
 from saekit.dashboard._comparison import Comparison, Subject
 from saekit.dashboard.compare import parts
-from saekit.dashboard.data import Run
+from saekit.dashboard.data import Run, quote
 from saekit.errors import SaekitError
 from saekit.features import FeatureStore
 from saekit.files import write_text
@@ -189,14 +188,14 @@ def _latent(store: FeatureStore, index: int) -> dict[str, Any]:
 def _commands(run: Run, subject: Subject) -> list[str]:
     again = f"{run.path}-again"
     extra = [name for name in subject.results if name not in ("core", "examples")]
-    train = f"saekit train {run.kind} {shlex.quote(str(run.path / data.CONFIG))}"
+    train = f"saekit train {run.kind} {quote(str(run.path / data.CONFIG))}"
     return [
-        *([f"{train} --out {shlex.quote(again)}"] if (run.path / data.CONFIG).is_file() else []),
+        *([f"{train} --out {quote(again)}"] if (run.path / data.CONFIG).is_file() else []),
         data.eval_command("core", Path(again)),
         data.eval_command("examples", Path(again)),
         *(data.eval_command(name, Path(again)) for name in extra),
         *([_findings.controls_command(Path(again))] if subject.controls else []),
-        f"saekit report {shlex.quote(again)}",
+        f"saekit report {quote(again)}",
     ]
 
 

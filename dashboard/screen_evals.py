@@ -26,7 +26,13 @@ def show(folder: Folder, run: Run) -> None:
     if (asked := st.session_state["eval"]) not in names:
         say(f"There is no result of `{show_token(asked)}` here.", "warning")
         st.session_state["eval"] = names[0]
-    name = st.segmented_control("Evaluation", names, key="eval", required=True)
+    name = st.segmented_control(
+        "Evaluation",
+        names,
+        key="eval",
+        format_func=lambda name: _render.escape_markdown(show_token(name)),
+        required=True,
+    )
     _one(subject.results[str(name)])
     _controls(run, subject)
     st.caption("Every evaluation that fits this SAE, one after another:")

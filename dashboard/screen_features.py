@@ -20,7 +20,7 @@ from saekit.dashboard import (
     screen_parts,
 )
 from saekit.dashboard._notes import Note
-from saekit.dashboard.data import Run
+from saekit.dashboard.data import Run, show_token
 from saekit.dashboard.features import Query, Show, SortBy, Where
 from saekit.dashboard.screen_address import Field, one_of, whole
 from saekit.errors import SaekitError
@@ -290,7 +290,9 @@ def _table(
         stars = ["★" if notes.get(one, Note()).star else "" for one in some]
         columns = {"★": np.array(stars, dtype=object), **columns}
     if texts:
-        columns["label or note"] = np.array([texts.get(one, "") for one in some], dtype=object)
+        columns["label or note"] = np.array(
+            [show_token(texts.get(one, "")) for one in some], dtype=object
+        )
     row = np.flatnonzero(shown == latent)[:1].tolist()
     st.session_state["table"] = {"selection": {"rows": row, "columns": [], "cells": []}}
     number = st.column_config.NumberColumn
