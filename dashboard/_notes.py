@@ -7,8 +7,12 @@ from typing import Any
 
 from filelock import FileLock
 
+from saekit import explanations
+from saekit.dashboard.data import Run
 from saekit.errors import SaekitError
+from saekit.explanations import Explanation
 from saekit.files import write_json
+from saekit.results import RESULTS
 
 FILE = "notes.json"
 LONGEST = 10_000
@@ -48,14 +52,11 @@ def keep(run: Path, latent: int, **changes: Any) -> None:
         write_json(run / FILE, {"latents": kept})
 
 
-def labels(run: Path) -> dict[int, str]:
-    """Explanations of latents, where `results/explanations.json` has any: `{"explanations": {"5":
-    "text"}}`. Raises SaekitError for a file that is damaged."""
-    path = run / "results" / "explanations.json"
-    try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["explanations"]
-        return {int(latent): str(text) for latent, text in values.items()}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise SaekitError(f"{path} cannot be read ({error}): write it again") from error
+def labels(run: Run) -> dict[int, str]:
+    """Explanations of latents, where there are any. Raises SaekitError for a damaged file."""
+    return {latent: one.text for latent, one in explained(run).items()}
+
+
+def explained(run: Run) -> dict[int, Explanation]:
+    """The same with their scores."""
+    return explanations.read(run.path / RESULTS, run.fingerprint)

@@ -33,7 +33,7 @@ _DIGITS = 4
 
 def html_page(run: Run, store: FeatureStore, latents: Sequence[int]) -> str:
     """A page of some latents that stands alone: no script, no network."""
-    shown, labels = [], _notes.labels(run.path)
+    shown, labels = [], _notes.labels(run)
     for latent in store.scan(latents):
         maximum = latent.numbers["maximum"]
         kinds = [("Strongest", features.contexts(store, latent))]
@@ -150,7 +150,7 @@ def write_site(run: Run, out: Path) -> Path:
 
 
 def _labels(run: Run, latents: Sequence[int]) -> Shaped[ndarray, " latent"]:
-    known = _notes.labels(run.path)
+    known = _notes.labels(run)
     return np.array([show_token(known.get(index, "")) for index in latents], dtype=object)
 
 

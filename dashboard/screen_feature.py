@@ -25,6 +25,7 @@ from saekit.dashboard.data import Run
 from saekit.dashboard.report import context_note
 from saekit.dashboard.screen_address import Field, one_of, whole
 from saekit.errors import SaekitError
+from saekit.explanations import Explanation
 from saekit.features import FeatureStore, Latent
 
 VIEWS = ["strongest", "by quantile", "silent"]
@@ -39,11 +40,11 @@ FIELDS = (
 def panel(run: Run, store: FeatureStore, index: int, found: ndarray, *, writable: bool) -> None:
     """Everything about a latent; the buttons beside its number step through those found."""
     latent = store.latent(index)
-    notes, labels = _told(run)
+    notes, explained = _told(run)
     note = notes.get(index, Note())
     _header(run, store, latent, found, note, writable=writable)
-    if index in labels:
-        screen_parts.say(labels[index])
+    if index in explained:
+        st.html(_render.render("explained.html.j2", one=explained[index]))
     if latent.dead:
         st.info(f"Latent {index} is dead: it fired on none of {store.header.n_rows:,} tokens.")
     else:
@@ -59,9 +60,9 @@ def panel(run: Run, store: FeatureStore, index: int, found: ndarray, *, writable
     downloads(run, store, [index], f"latent-{index}")
 
 
-def _told(run: Run) -> tuple[dict[int, Note], dict[int, str]]:
+def _told(run: Run) -> tuple[dict[int, Note], dict[int, Explanation]]:
     try:
-        return _notes.read(run.path), _notes.labels(run.path)
+        return _notes.read(run.path), _notes.explained(run)
     except SaekitError as error:
         screen_parts.say(error, "warning")
         return {}, {}

@@ -131,7 +131,7 @@ def writable() -> bool:
 def _told(run: Run) -> tuple[dict[int, Note], dict[int, str]]:
     """Notes, and all that is written of latents: explanations and notes."""
     try:
-        notes, texts = _notes.read(run.path), _notes.labels(run.path)
+        notes, texts = _notes.read(run.path), _notes.labels(run)
     except SaekitError:
         return {}, {}  # said beside the latent
     for latent, note in notes.items():

@@ -1,10 +1,14 @@
-"""What each latent of an SAE does: write a run's feature store, hand features on"""
+"""What each latent of an SAE does: write a run's feature store, explain latents, hand them on"""
 
-from saekit.commands import _features_build, _features_export
+from saekit.commands import _features_build, _features_explain, _features_export
 from saekit.commands._shared import choice
 from saekit.errors import ConfigError, nearest
 
-PARTS = {"build": _features_build.run, "export": _features_export.run}
+PARTS = {
+    "build": _features_build.run,
+    "explain": _features_explain.run,
+    "export": _features_export.run,
+}
 
 
 def run(argv: list[str]) -> None:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from playwright.sync_api import (
     BrowserContext,
+    ConsoleMessage,
     Dialog,
     Page,
     Request,
@@ -258,6 +259,10 @@ def page(chromium: BrowserContext) -> Iterator[Page]:
         wrong.append(f"a dialog: {dialog.message}")
         dialog.dismiss()
 
+    def listen(line: ConsoleMessage) -> None:
+        if line.type == "error":
+            wrong.append(f"in the console: {line.text}")
+
     def look(request: Request) -> None:
         if not request.url.startswith((f"http://{HOST}:", "file:", "data:", "blob:")):
             wrong.append(f"a request: {request.url}")
@@ -265,7 +270,7 @@ def page(chromium: BrowserContext) -> Iterator[Page]:
     page.on("dialog", refuse)
     page.on("request", look)
     page.on("pageerror", lambda error: wrong.append(f"an exception: {error}"))
-    page.on("console", lambda line: line.type == "error" and wrong.append(line.text))
+    page.on("console", listen)
     yield page
     page.close()
     assert wrong == []
@@ -288,7 +293,7 @@ def _served(path: Path, *, write: bool) -> Iterator[str]:
         line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as server:
         assert server.stdout is not None
-        said = []
+        said: list[str] = []
         while f":{port}" not in (said or [""])[-1]:
             said.append(server.stdout.readline())
             assert said[-1], "".join(said)

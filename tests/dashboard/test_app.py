@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from streamlit.testing.v1 import AppTest
 
+from saekit import explanations
+from saekit.explanations import Explanation
+
 Browse = Callable[..., AppTest]
 SECRET = "what no link may show"
 
@@ -81,6 +84,36 @@ def test_a_script_as_a_token_is_shown_and_not_run(hostile_run: Path, browse: Bro
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
     assert "<script" not in html
     assert "<img" not in html
+
+
+def test_an_explanation_is_shown_with_its_scores_and_searched(
+    hostile_run: Path, browse: Browse
+) -> None:
+    one = Explanation("wolves <b>", by="m", detection=0.75, n=8)
+    explanations.keep(hostile_run / "results", {1: one}, "f" * 64)
+    app = browse(hostile_run, latent="1")
+    assert "wolves &lt;b&gt;" in html_of(app)
+    assert "detection 0.75" in html_of(app) and "fuzzing" not in html_of(app)
+    app = browse(hostile_run, latent="0", query="WOLVES", where="label or note")
+    assert latents(app) == [1]
+    explanations.keep(hostile_run / "results", {1: one}, "a" * 64)
+    assert "explains weights" in messages(browse(hostile_run, latent="1"))
+
+
+@pytest.mark.parametrize("write", [True, False])
+def test_notes_are_kept_where_the_browser_may_write_and_nowhere_else(
+    write: bool, hostile_run: Path, browse: Browse
+) -> None:
+    app = browse(*(["--write"] if write else []), hostile_run, screen="feature", latent="1")
+    assert app.text_area(key="note-1").disabled != write
+    assert app.button(key="star").disabled != write
+    if write:
+        app.text_area(key="note-1").set_value("a wolf").run()
+        app.button(key="star").click().run()
+        again = browse("--write", hostile_run, screen="features", show="starred")
+        assert latents(again) == [1]
+        assert again.text_area(key="note-1").value == "a wolf"
+    assert (hostile_run / "notes.json").exists() == write
 
 
 @pytest.mark.parametrize("name", ["absent", "empty"])
