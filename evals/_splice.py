@@ -10,7 +10,7 @@ Axes: batch (windows), pos, row (edited positions), d, token (scored positions),
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -39,7 +39,8 @@ class Losses:
     ce: Mean = Mean()
     """-log p(next token)."""
     kl: Mean = Mean()
-    """KL(clean || edited) of the next-token distributions."""
+    """KL(clean || edited) of the next-token distributions, where it was asked for: it takes as long
+    as the loss."""
     documents: Mapping[int, tuple[Mean, Mean]] = field(default_factory=dict)
     """Both, of each document's positions."""
 
@@ -87,8 +88,10 @@ def spliced_losses(
     windows: Iterator[Window],
     n_tokens: int,
     advance: Callable[[int], None],
+    kl: Collection[str] = (),
 ) -> dict[str, Losses]:
-    """Losses by the name of the edit, and those of the untouched model as "clean".
+    """Losses by the name of the edit, and those of the untouched model as "clean"; the divergence
+    from it of the edits named in `kl`.
 
     The first `n_tokens` scored positions count. Raises CacheError where the model's activations at
     the hook are not those of the cache.
@@ -101,10 +104,13 @@ def spliced_losses(
         seen: list[Tensor] = []
         clean = model.logits(batch.ids, {hook: recording(seen)})[batch.scored]
         _compare_with_cache(seen[0][batch.edited].float().cpu(), some, cache, hook)
-        losses["clean"] += _compare(clean, clean, target, batch.document)
+        log_p = clean.float().log_softmax(1)
+        del clean
+        losses["clean"] += _summed(cross_entropy(log_p, target), None, batch.document)
         for name, edit in edits.items():
             logits = model.logits(batch.ids, {hook: only_at(batch.edited, edit)})[batch.scored]
-            losses[name] += _compare(clean, logits, target, batch.document)
+            of = log_p if name in kl else None
+            losses[name] += _losses(logits, of, target, batch.document)
         left -= len(target)
         advance(len(target))
         if left <= 0:
@@ -125,22 +131,36 @@ def _batched(windows: Iterator[Window], vocab: int) -> Iterator[list[Window]]:
         yield some
 
 
-def _compare(
-    clean: Float[Tensor, "token vocab"],
-    edited: Float[Tensor, "token vocab"],
+def _losses(
+    logits: Float[Tensor, "token vocab"],
+    log_p: Float[Tensor, "token vocab"] | None,
     target: Int[Tensor, " token"],
     document: Int[Tensor, " token"],
 ) -> Losses:
-    """Losses of some tokens, a few at a time, so that a large vocabulary fits in fp32."""
-    size = max(1, _PROBABILITIES_AT_ONCE // clean.shape[1])
+    """Of some tokens, a few at a time, so that a large vocabulary fits in fp32; `log_p` is what the
+    divergence is from."""
+    size = max(1, _PROBABILITIES_AT_ONCE // logits.shape[1])
     losses = Losses()
-    parts = (torch.split(t, size) for t in (clean, edited, target, document))
-    for p, q, token, of in zip(*parts, strict=True):
-        log_p, log_q = p.float().log_softmax(1), q.float().log_softmax(1)
-        ce, kl = cross_entropy(log_q, token), kl_divergence(log_p, log_q)
-        each = {int(d): (Mean.of(ce[of == d]), Mean.of(kl[of == d])) for d in of.unique()}
-        losses += Losses(Mean.of(ce), Mean.of(kl), each)
+    for at in range(0, len(target), size):
+        some = slice(at, at + size)
+        log_q = logits[some].float().log_softmax(1)
+        kl = None if log_p is None else kl_divergence(log_p[some], log_q)
+        losses += _summed(cross_entropy(log_q, target[some]), kl, document[some])
     return losses
+
+
+def _summed(
+    ce: Float[Tensor, " token"],
+    kl: Float[Tensor, " token"] | None,
+    document: Int[Tensor, " token"],
+) -> Losses:
+    """Over all of the tokens, and over those of each document."""
+
+    def means(some: Tensor | slice) -> tuple[Mean, Mean]:
+        return Mean.of(ce[some]), Mean() if kl is None else Mean.of(kl[some])
+
+    each = {int(d): means(document == d) for d in document.unique()}
+    return Losses(*means(slice(None)), each)
 
 
 def _compare_with_cache(

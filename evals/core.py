@@ -102,6 +102,7 @@ class Core(Eval):
                 self.cache.windows(cfg.split, cfg.exclude),
                 cfg.ce_tokens,
                 shown.advance,
+                kl=("sae",),
             )
         n = losses["clean"].ce.n
         if n == 0:
