@@ -24,6 +24,9 @@ Better = Literal["high", "low", None]
 _FREE = ("device", "batch_size", "run_folder", "against")
 """Keys of an evaluation's config that do not change what it measures, or change with the SAE."""
 
+UNTRAINED = "#random="
+"""In the name of a model that is as it was before any training."""
+
 NONLINEAR_SHARE = "nonlinear_share"
 """Reckoned here, of `dark_matter`: see `derived`."""
 
@@ -76,6 +79,11 @@ class Subject:
         return cls(
             number, name or run.path.name, run, _findings.results(run), _findings.controls(run)
         )
+
+    @property
+    def untrained(self) -> bool:
+        """Whether it is a control of another kind: an SAE of a model before any training."""
+        return UNTRAINED in self.run.model
 
 
 @dataclass(frozen=True)
@@ -159,16 +167,22 @@ class Comparison:
         """Evaluations whose numbers do not compare, and why."""
         found = {}
         for name in self.evals:
-            results = [one.results[name] for one in self.subjects if name in one.results]
+            results = [one.results[name] for one in self._compared if name in one.results]
             reasons = [mismatch(a, b) for a, b in combinations(results, 2)]
             if reason := next(filter(None, reasons), None):
                 found[name] = reason
         return found
 
+    @cached_property
+    def _compared(self) -> Sequence[Subject]:
+        """Those of trained models, where there are any: activations of an untrained one differ by
+        design, and its numbers stand beside the others to be read, not to be ranked."""
+        return [one for one in self.subjects if not one.untrained] or self.subjects
+
     def _is_best(self, subject: Subject, column: Column) -> bool:
-        if column.eval in self.incomparable:
+        if column.eval in self.incomparable or subject not in self._compared:
             return False
-        others = [one for one in self.subjects if one is not subject]
+        others = [one for one in self._compared if one is not subject]
         metrics = [m for one in others if (m := number(one.results, column))]
         own = number(subject.results, column)
         if own is None or not metrics:
@@ -182,7 +196,13 @@ class Comparison:
             f"Numbers of `{name}` do not compare, and none is marked best: {reason}."
             for name, reason in self.incomparable.items()
         ]
-        l0 = [m.value for one in self.subjects if (m := number(one.results, COLUMNS[0]))]
+        if aside := [one.name for one in self.subjects if one not in self._compared]:
+            notes.append(
+                f"Of an untrained model, as a control: {', '.join(aside)}. Its activations are "
+                "others, so that its numbers are never marked; what it scores is there without "
+                "anything that the model learnt."
+            )
+        l0 = [m.value for one in self._compared if (m := number(one.results, COLUMNS[0]))]
         if len(l0) > 1 and max(l0) > 1.1 * min(l0):
             notes.append(
                 f"L0 goes from {min(l0):.4g} to {max(l0):.4g}, and more active latents reconstruct "

@@ -128,6 +128,26 @@ def test_numbers_that_were_measured_differently_have_no_best(
     assert "core" not in compare.evals_toml(found)
 
 
+def test_an_sae_of_an_untrained_model_stands_beside_and_is_never_best(make_run: MakeRun) -> None:
+    runs = [
+        make_run("a", ev=metric(0.5, (0.49, 0.51))),
+        make_run("b", ev=metric(0.3, (0.29, 0.31))),
+        make_run("untrained", ev=metric(0.9, (0.89, 0.91))),
+    ]
+    path = runs[2] / "config.json"
+    config = json.loads(path.read_text())
+    config["provenance"]["model"] += "#random=0"
+    path.write_text(json.dumps(config))
+    core = EvalResult.load(runs[2] / "results", "core")
+    replace(core, cache_fingerprint="d" * 64).save(runs[2] / "results")
+    found = Comparison.open(runs)
+    assert best(runs) == [True, False, False] and not found.incomparable
+    (note,) = [note for note in found.notes if "untrained model" in note]
+    assert note.startswith("Of an untrained model, as a control: untrained.")
+    alone = [runs[2], make_run("c", ev=metric(0.8, (0.79, 0.81)))]
+    assert best(alone) == [False, False]
+
+
 def test_what_does_not_change_a_number_does_not_forbid_comparing(make_run: MakeRun) -> None:
     runs = [
         make_run(name, ev=metric(v, (v, v)), config={"n_rows": 100, "batch_size": size})
