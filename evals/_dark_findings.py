@@ -146,7 +146,11 @@ def _add_norm(table: Table, name: str, suffix: str, norm: Explained, how: str) -
 
 
 def add_losses(
-    table: Table, found: Measured, ce: dict[str, Float[Tensor, " sample"]], n: int
+    table: Table,
+    found: Measured,
+    ce: dict[str, Float[Tensor, " sample"]],
+    n: int,
+    documents: int,
 ) -> None:
     """What each part of the error costs the model, beside what it costs in variance."""
     replaced = {
@@ -163,6 +167,7 @@ def add_losses(
             "positions that the token mask keeps are replaced, and only they are scored",
             "the losses are not finite",
             n,
+            documents,
         )
     rise = ce["sae"] - ce["clean"]
     left = found.left[0]
@@ -176,6 +181,7 @@ def add_losses(
             f"the SAE raises the loss by {float(rise[0]):.3g} nats, not by more than "
             f"{MIN_CE_RISE:g}, so there is nothing to win back",
             n,
+            documents,
         )
         table.estimate(
             f"variance_recovered_from_sae_{part}",

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from saekit.evals._resample import Estimate
+from saekit.evals._resample import Estimate, few
 from saekit.results import Metric
 
 log = logging.getLogger(__name__)
@@ -29,6 +29,8 @@ class Table:
     n: int
     """Held-out rows, which numbers are taken over where nothing else is said."""
     n_fit: int
+    documents: int
+    """Held-out documents, which intervals are over."""
     metrics: dict[str, Metric] = field(default_factory=dict)
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -52,14 +54,17 @@ class Table:
         definition: str,
         undefined: str,
         n: int | None = None,
+        documents: int | None = None,
     ) -> None:
-        """A ratio with its interval. `undefined` is why it may have no value."""
-        found = Estimate.of(values)
+        """A ratio with its interval, over these documents where not over all. `undefined` is why it
+        may have no value."""
+        found = Estimate.of(values, documents or self.documents)
         if found is None:
             self.leave_out(name, undefined)
             return
         self.add(name, found.value, definition, n)
-        self.metrics[name] = replace(self.metrics[name], interval=found.interval)
+        told = definition + (few(documents or self.documents) if found.interval else "")
+        self.metrics[name] = replace(self.metrics[name], interval=found.interval, definition=told)
         if len(values) > 1 and found.interval is None:
             self.note(f"{name} has no interval: it is undefined on some resamples of the documents")
 

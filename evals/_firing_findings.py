@@ -19,6 +19,7 @@ from saekit.evals._firing_rows import RowMeans
 from saekit.evals._firing_units import Posterior, Spread
 from saekit.evals._firing_windows import Windows, Zipf, log_histogram, zipf_likelihood, zipf_line
 from saekit.evals._metrics import Firing
+from saekit.evals._resample import few
 from saekit.results import Metric
 
 log = logging.getLogger(__name__)
@@ -35,9 +36,8 @@ def means(sums: RowMeans, definitions: Mapping[str, str]) -> Findings:
         if found is None:
             log.warning("%s is left out: all rows are 0, and it is of the others", name)
             continue
-        metrics[name] = Metric(
-            value=found.value, definition=definition, n=n, interval=found.interval
-        )
+        told = definition + (few(sums.documents) if found.interval else "")
+        metrics[name] = Metric(value=found.value, definition=told, n=n, interval=found.interval)
     return Findings(metrics=metrics)
 
 

@@ -108,6 +108,8 @@ class RowMeans:
 
     total: Float[Tensor, "sample measure"]
     count: Float[Tensor, "sample measure"]
+    documents: int
+    """Of all rows, seen and to be seen."""
 
     @classmethod
     def of(
@@ -121,10 +123,11 @@ class RowMeans:
         return cls(
             resamples.sums(values.where(there, 0.0), document),
             resamples.sums(there.double(), document),
+            len(resamples.documents),
         )
 
     def __add__(self, other: "RowMeans") -> "RowMeans":
-        return RowMeans(self.total + other.total, self.count + other.count)
+        return RowMeans(self.total + other.total, self.count + other.count, self.documents)
 
     def n(self, measure: int) -> int:
         """Rows that have the measure."""
@@ -133,4 +136,4 @@ class RowMeans:
     def estimate(self, measure: int) -> Estimate | None:
         """None where no row has it; without an interval where nothing was resampled, or a resample
         holds no row that has it."""
-        return Estimate.of(self.total[:, measure] / self.count[:, measure])
+        return Estimate.of(self.total[:, measure] / self.count[:, measure], self.documents)

@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from saekit.evals._resample import Estimate, Resamples
+from saekit.evals._resample import Estimate, Resamples, few
 from saekit.results import Metric
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,8 @@ class Table:
 
     def add(self, name: str, samples: Samples, definition: str) -> None:
         """A number with its interval; one that is undefined is left out, and the log says so."""
-        estimate = Estimate.of(samples)
+        prompts = self.resamples.weights.shape[1]
+        estimate = Estimate.of(samples, prompts)
         if estimate is None:
             log.warning(
                 "%s is left out: what it is a share of is no more than %g logits, or cannot be "
@@ -78,10 +79,12 @@ class Table:
             return
         if estimate.interval is None:
             definition += "; undefined in a resample of the prompts, so without an interval"
+        else:
+            definition += few(prompts, "prompts")
         self.metrics[name] = Metric(
             value=estimate.value,
             definition=definition,
-            n=self.resamples.weights.shape[1],
+            n=prompts,
             interval=estimate.interval,
         )
 

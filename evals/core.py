@@ -23,7 +23,7 @@ from saekit.errors import CacheError, ConfigError, Undefined
 from saekit.evals._base import Eval, EvalConfig, Findings, ResampledConfig
 from saekit.evals._core_rows import CoreRows, Samples
 from saekit.evals._metrics import DENSE, MIN_CE_RISE, Firing, Reconstruction, ce_recovered
-from saekit.evals._resample import Estimate, Resamples
+from saekit.evals._resample import Estimate, Resamples, few
 from saekit.evals._splice import Losses, spliced_losses
 from saekit.progress import bar
 from saekit.results import Metric
@@ -63,7 +63,7 @@ class Core(Eval):
         )
         samples = rows.found()
         metrics = {**_reconstruction(quality), **_others(samples, quality.n), **_sparsity(firing)}
-        metrics = _with_intervals(metrics, samples)
+        metrics = _with_intervals(metrics, samples, len(resamples.documents))
         if self.cfg.ce_tokens:
             metrics |= self._loss()
         return Findings(metrics=metrics, arrays={"density": firing.density.float().numpy()})
@@ -118,7 +118,7 @@ class Core(Eval):
                 n=n,
             )
         }
-        return _with_intervals(metrics, self._loss_samples(losses))
+        return _with_intervals(metrics, self._loss_samples(losses), len(losses["clean"].documents))
 
     def _loss_samples(self, losses: dict[str, Losses]) -> dict[str, Samples]:
         """What the losses are in each resample of their documents."""
@@ -223,11 +223,18 @@ def _others(samples: dict[str, Samples], n: int) -> dict[str, Metric]:
     }
 
 
-def _with_intervals(metrics: dict[str, Metric], samples: dict[str, Samples]) -> dict[str, Metric]:
-    found = {name: Estimate.of(samples[name]) for name in metrics.keys() & samples.keys()}
+def _with_intervals(
+    metrics: dict[str, Metric], samples: dict[str, Samples], documents: int
+) -> dict[str, Metric]:
+    """Those that have one; where documents are few, the definition says that it is widened."""
+    found = {
+        name: Estimate.of(samples[name], documents) for name in metrics.keys() & samples.keys()
+    }
     return {
-        name: replace(metric, interval=estimate.interval)
-        if (estimate := found.get(name)) is not None
+        name: replace(
+            metric, interval=estimate.interval, definition=metric.definition + few(documents)
+        )
+        if (estimate := found.get(name)) is not None and estimate.interval is not None
         else metric
         for name, metric in metrics.items()
     }

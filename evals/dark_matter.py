@@ -104,7 +104,7 @@ class DarkMatter(Eval):
         resamples = Resamples.of(held_out.documents(), cfg.n_bootstrap, cfg.seed)
         splits = self._fit(fit, subjects[0])
         measured = self._measure(fit, held_out, subjects[0], splits, resamples)
-        table = Table(len(held_out.index), len(fit.index))
+        table = Table(len(held_out.index), len(fit.index), len(resamples.documents))
         add_measured(table, measured, splits[0])
         if cfg.ce_tokens:
             self._loss(table, measured, splits[0])
@@ -227,7 +227,13 @@ class DarkMatter(Eval):
             sums = resamples.sums(each, documents)
             return sums[:, 0] / sums[:, 1]
 
-        add_losses(table, measured, {name: resampled(loss) for name, loss in losses.items()}, n)
+        add_losses(
+            table,
+            measured,
+            {name: resampled(loss) for name, loss in losses.items()},
+            n,
+            len(documents),
+        )
 
 
 EVAL = DarkMatter

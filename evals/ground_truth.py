@@ -41,7 +41,7 @@ from saekit.evals._base import Eval, EvalConfig, Findings, ResampledConfig
 from saekit.evals._core_rows import CoreRows
 from saekit.evals._ground_matching import Found, arrays, beside_random, find
 from saekit.evals._ground_rows import Told, Truth
-from saekit.evals._resample import Estimate, Resamples
+from saekit.evals._resample import Estimate, Resamples, few
 from saekit.matching import SIGNS, Sign
 from saekit.results import Metric
 
@@ -237,15 +237,15 @@ class GroundTruth(Eval):
                 "mean over rows with x != 0 of |x_hat| / |x|; below 1 is shrinkage",
             ),
         }
-        metrics = {}
+        metrics, documents = {}, len(self.documents().unique())
         for name, (values, definition) in of.items():
-            estimate = Estimate.of(values)
+            estimate = Estimate.of(values, documents)
             if estimate is None:
                 log.warning("%s is left out: the rows do not differ, or are all 0", name)
                 continue
             metrics[name] = Metric(
                 value=estimate.value,
-                definition=definition,
+                definition=definition + (few(documents) if estimate.interval else ""),
                 n=int(sums.rows["nonzero" if name == "l2_ratio" else "rows"][0]),
                 interval=estimate.interval,
             )

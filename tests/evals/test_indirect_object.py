@@ -21,6 +21,7 @@ from saekit.evals._indirect_object_prompts import (
     changed,
     make,
 )
+from saekit.evals._resample import FEW
 from saekit.evals._task_patch import Patcher
 from saekit.evals._task_scores import Table, effect, necessity, recovered, sufficiency
 from saekit.evals.indirect_object import IndirectObjectConfig
@@ -242,7 +243,7 @@ def test_intervals_are_the_quantiles_of_seeded_resamples() -> None:
 
 
 def test_the_interval_of_a_count_lies_about_the_count() -> None:
-    table = Table.over(5, 4, 0)
+    table = Table.over(FEW, 4, 0)
     table.add_count("count", torch.tensor([10.0, 2.0, 3.0, 4.0, 3.0]), "")
     low, high = table.metrics["count"].interval or (0.0, 0.0)
     assert 9 <= low < 10 < high <= 11

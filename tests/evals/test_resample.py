@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saekit.evals._resample import Estimate, Explained, Resamples, Scatter
+from saekit.evals._resample import FEW, Estimate, Explained, Resamples, Scatter, few, widening
 from saekit.seeds import stream
 
 DOCUMENT = torch.tensor([3, 3, 5, 5, 5, 9, 12, 12])
@@ -89,6 +89,46 @@ def test_the_interval_is_of_percentiles_of_the_resamples() -> None:
     assert found is not None and found.interval is not None
     assert found.value == float(values[0])
     assert found.interval == pytest.approx(np.quantile(values[1:].numpy(), [0.025, 0.975]))
+
+
+@pytest.mark.parametrize(
+    ("units", "t"), [(2, 12.706), (3, 4.303), (4, 3.182), (6, 2.571), (11, 2.228), (29, 2.048)]
+)
+def test_an_interval_of_few_documents_is_widened_as_a_t_distribution_is(
+    units: int, t: float
+) -> None:
+    wider = t / 1.96 * math.sqrt(units / (units - 1))
+    assert widening(units) == pytest.approx(wider, rel=0.01)
+    values = torch.randn(41, dtype=torch.float64)
+    plain, found = Estimate.of(values), Estimate.of(values, units)
+    assert plain is not None and plain.interval is not None
+    assert found is not None and found.interval is not None
+    for side in (0, 1):
+        apart = (found.interval[side] - found.value) / (plain.interval[side] - plain.value)
+        assert apart == pytest.approx(wider, rel=0.01)
+    assert f"of {units} documents alone, too few to rest a claim on" in few(units)
+
+
+@pytest.mark.parametrize("units", [1, FEW, 400])
+def test_an_interval_of_enough_documents_is_left_as_it_is(units: int) -> None:
+    values = torch.randn(41, dtype=torch.float64)
+    assert Estimate.of(values, units) == Estimate.of(values)
+    assert few(units) == ""
+
+
+@pytest.mark.parametrize("n", [4, 12])
+def test_of_few_documents_the_interval_still_covers_the_truth(n: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    hits = {"plain": 0, "widened": 0}
+    for seed in range(300):
+        y = torch.randn(n, generator=generator).double()[:, None]
+        resamples = Resamples.of(torch.arange(n), 200, seed)
+        means = resamples.sums(y, torch.arange(n))[:, 0] / n
+        for name, units in (("plain", None), ("widened", n)):
+            found = Estimate.of(means, units)
+            assert found is not None and found.interval is not None
+            hits[name] += found.interval[0] <= 0 <= found.interval[1]
+    assert hits["plain"] < 278 and 275 <= hits["widened"] <= 297, hits
 
 
 def test_a_number_that_some_resample_leaves_undefined_has_no_interval() -> None:
