@@ -15,7 +15,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,10 +93,12 @@ def _figure(line: dict[str, Any], name: str) -> str:
     return "" if line.get(name) is None else f"{line[name]:.1e}"
 
 
-def make_environments(folder: Path) -> list[Path]:
+def make_environments(folder: Path, names: Collection[str] = tuple(PEERS)) -> list[Path]:
     """One for each tool, made anew where it is not there."""
     made = []
     for name, packages in PEERS.items():
+        if name not in names:
+            continue
         python = folder / name / "bin" / "python"
         if not python.exists():
             subprocess.run([sys.executable, "-m", "venv", str(folder / name)], check=True)

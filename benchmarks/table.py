@@ -1,5 +1,5 @@
-"""Makes the tables of docs/peers.md, docs/interop.md, docs/kinds.md, docs/dark_matter.md and
-saekit/kernels/README.md from benchmarks/results/:
+"""Makes the tables of docs/peers.md, docs/interop.md, docs/kinds.md, docs/dark_matter.md,
+evals/README.md and saekit/kernels/README.md from benchmarks/results/:
 
     python benchmarks/table.py
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import _dark_matter_page
+import _evals_page
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
@@ -498,9 +499,15 @@ def _outcome(line: Line) -> str:
 
 
 KERNELS = "../saekit/kernels/README.md"
+EVALS = "../evals/README.md"
 PAGES: dict[str, dict[str, Callable[[dict[str, list[Line]]], str]]] = {
     "interop.md": {"interop": interop},
-    "peers.md": {"harvest": harvest, "text to disk": text_to_disk, "reader": reader},
+    "peers.md": {
+        "harvest": harvest,
+        "text to disk": text_to_disk,
+        "reader": reader,
+        "core": _evals_page.agreement,
+    },
     "kinds.md": {
         "demo": trained("kinds", "demo"),
         "zipf": trained("kinds", "zipf"),
@@ -524,6 +531,7 @@ PAGES: dict[str, dict[str, Callable[[dict[str, list[Line]]], str]]] = {
         "together": together,
     },
     "dark_matter.md": _dark_matter_page.TABLES,
+    EVALS: {"cost": _evals_page.cost},
     KERNELS: {
         "step": fused_step,
         "pursuit": pursuit,

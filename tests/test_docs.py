@@ -71,7 +71,14 @@ def test_every_format_stands_in_its_table() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["peers.md", "interop.md", "kinds.md", "dark_matter.md", "../saekit/kernels/README.md"],
+    [
+        "peers.md",
+        "interop.md",
+        "kinds.md",
+        "dark_matter.md",
+        "../evals/README.md",
+        "../saekit/kernels/README.md",
+    ],
 )
 def test_the_tables_of_a_page_are_those_of_the_results(name: str, tables: ModuleType) -> None:
     page = (ROOT / "docs" / name).read_text(encoding="utf-8")
