@@ -21,7 +21,7 @@ from saekit.activations_cache.job import resolve_device
 from saekit.activations_cache.model import LanguageModel
 from saekit.activations_cache.store import ActivationCache
 from saekit.config import Config
-from saekit.errors import CacheError, ConfigError
+from saekit.errors import CacheError, ConfigError, SaekitError
 from saekit.evals import _kinds
 from saekit.progress import bar
 from saekit.results import EvalResult, Metric, versions
@@ -182,8 +182,9 @@ def evaluate(
     """Run the evaluation `name`, and save what it finds into the folder `out` where one is given.
 
     The hook is the one that the SAE was trained on; it must be given for an SAE of unknown origin.
-    Raises ConfigError for an unknown name or another evaluation's config, and CacheError for an SAE
-    that does not belong to the cache's model, to the hook, or to its width.
+    Raises ConfigError for an unknown name or another evaluation's config, CacheError for an SAE
+    that does not belong to the cache's model, to the hook, or to its width, and SaekitError for one
+    with NaN among its weights.
     """
     kind = _kinds.find(name)
     cfg = kind.Config() if config is None else config
@@ -192,6 +193,7 @@ def evaluate(
             f"evaluation '{name}' takes a {kind.Config.__name__}, not a {type(cfg).__name__}"
         )
     hook = matching_hook(sae, cache, hook)
+    _refuse_spoilt(sae)
     folder = None if out is None else Path(out)
     if sae.row_norm is not None and not kind.NORMALISED:
         right = [name for name in _kinds.names() if _kinds.find(name).NORMALISED]
@@ -216,6 +218,20 @@ def evaluate(
     if folder is not None:
         result.save(folder)
     return result
+
+
+def _refuse_spoilt(sae: SAE) -> None:
+    """Not every evaluation looks at every weight, and none may make a number of a spoilt one."""
+    for name, tensor in sae.tensors().items():
+        # An infinite threshold or bias is how a latent is switched off.
+        off = name in ("b_enc", "threshold")
+        spoilt = tensor.isnan() if off else ~tensor.isfinite()
+        if n := int(spoilt.sum()):
+            raise SaekitError(
+                f"{n} of the {tensor.numel()} weights of the SAE's {name} are NaN or infinite, so "
+                "no number over it would mean anything: its training diverged (lower the learning "
+                "rate), or its file is damaged (load it again from where it came)"
+            )
 
 
 def matching_hook(sae: SAE, cache: ActivationCache, hook: str | None) -> str:

@@ -1,11 +1,13 @@
 """The contract of every evaluation: a new file in `evals/` is held to it by existing."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from saekit import ActivationCache, evaluate
+from saekit.errors import SaekitError
 from saekit.evals import _kinds
 from saekit.evals._base import Eval, EvalConfig
 from saekit.results import EvalResult
@@ -49,6 +51,18 @@ def test_every_metric_is_finite_counted_and_defined(
     assert result.metrics
     for metric in result.metrics.values():
         assert math.isfinite(metric.value) and metric.n > 0 and metric.definition
+
+
+@pytest.mark.parametrize("where", ["W_enc", "b_enc", "W_dec", "b_dec"])
+def test_an_sae_with_nan_among_its_weights_gives_no_number(
+    any_eval: str, where: str, random_sae: SAE, tiny_cache: ActivationCache, tmp_path: Path
+) -> None:
+    spoilt = getattr(random_sae, where).clone()
+    spoilt.flatten()[3] = math.nan
+    sae = replace(random_sae, **{where: spoilt})
+    with pytest.raises(SaekitError, match=f"1 of the .* weights of the SAE's {where} are NaN"):
+        run(any_eval, sae, tiny_cache, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_second_run_is_identical(
