@@ -118,6 +118,35 @@ def spliced_losses(
     return losses
 
 
+def token_losses(
+    model: LanguageModel,
+    cache: ActivationCache,
+    hook: str,
+    windows: Iterator[Window],
+    n_tokens: int,
+    advance: Callable[[int], None],
+) -> Iterator[tuple[Int[Tensor, " token"], Float[Tensor, " token"]]]:
+    """The untouched model's loss at each of the first `n_tokens` scored positions, batch by batch:
+    which row of the cache each is, and -log p(next token).
+
+    Raises CacheError where the model's activations at the hook are not those of the cache.
+    """
+    left = n_tokens
+    for some in _batched(windows, len(model.vocab)):
+        batch = _Batch.of(some, left, str(model.device))
+        seen: list[Tensor] = []
+        logits = model.logits(batch.ids, {hook: recording(seen)})[batch.scored]
+        _compare_with_cache(seen[0][batch.edited].float().cpu(), some, cache, hook)
+        target = batch.ids.roll(-1, dims=1)[batch.scored]
+        window, pos = batch.scored.cpu().nonzero(as_tuple=True)
+        starts = torch.tensor([one.start for one in some])
+        yield starts[window] + pos, cross_entropy(logits.float().log_softmax(1), target)
+        left -= len(target)
+        advance(len(target))
+        if left <= 0:
+            break
+
+
 def _batched(windows: Iterator[Window], vocab: int) -> Iterator[list[Window]]:
     some: list[Window] = []
     longest = 0

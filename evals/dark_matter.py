@@ -33,6 +33,7 @@ from saekit.errors import CacheError, ConfigError, SaekitError
 from saekit.evals import _dark_cache
 from saekit.evals._base import Eval, EvalConfig, Findings, ResampledConfig, matching_hook
 from saekit.evals._dark_findings import SUFFIXES, add_compared, add_losses, add_measured
+from saekit.evals._dark_loss import add_loss_baseline
 from saekit.evals._dark_norms import Judge, Measured, NormMoments
 from saekit.evals._dark_others import compare
 from saekit.evals._dark_parts import Rows, Split, Subject, reconstruction_moments
@@ -107,7 +108,7 @@ class DarkMatter(Eval):
         table = Table(len(held_out.index), len(fit.index), len(resamples.documents))
         add_measured(table, measured, splits[0])
         if cfg.ce_tokens:
-            self._loss(table, measured, splits[0])
+            self._loss(table, measured, splits[0], subjects[0], held_out)
         if cfg.parts_out is not None:
             _dark_cache.write_parts(
                 cfg.parts_out,
@@ -191,15 +192,18 @@ class DarkMatter(Eval):
             ),
         )
 
-    def _loss(self, table: Table, measured: Measured, split: Split) -> None:
+    def _loss(
+        self, table: Table, measured: Measured, split: Split, subject: Subject, held_out: Rows
+    ) -> None:
         cfg = self.cfg
+        model = self.load_model()
 
         def linear(x: Float[Tensor, "row d"]) -> Float[Tensor, "row d"]:
             return split.error(x).float()
 
         with bar("cross-entropy", cfg.ce_tokens, shown=self.progress) as shown:
             losses = spliced_losses(
-                self.load_model(),
+                model,
                 self.cache,
                 self.hook,
                 {
@@ -234,6 +238,18 @@ class DarkMatter(Eval):
             n,
             len(documents),
         )
+        with bar("losses, token by token", 2 * cfg.ce_tokens, shown=self.progress) as shown:
+            add_loss_baseline(
+                table,
+                model,
+                subject,
+                held_out,
+                cfg.exclude,
+                cfg.ce_tokens,
+                cfg.n_bootstrap,
+                cfg.seed,
+                shown.advance,
+            )
 
 
 EVAL = DarkMatter

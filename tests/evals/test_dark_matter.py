@@ -152,6 +152,36 @@ def test_baselines_of_the_norm_agree_with_a_loop(
     )
 
 
+def test_the_loss_as_a_baseline_of_the_norm_agrees_with_a_loop(
+    random_sae: SAE, tiny_cache: ActivationCache
+) -> None:
+    model = LanguageModel.load(tiny_cache.model)
+    u: list[Any] = []
+    squares: list[Any] = []
+    for split in ("train", "test"):
+        losses, lengths = [], []
+        for window in tiny_cache.windows(split):
+            log_p = model.logits(window.tokens[None])[0].double().log_softmax(1)
+            for t in range(len(window.tokens) - 1):
+                if window.keep[t]:
+                    x = tiny_cache.rows(HOOK, torch.tensor([window.start + t]))
+                    losses.append([-float(log_p[t, window.tokens[t + 1]])])
+                    lengths.append([float((x - random_sae(x)).double().square().sum())])
+        u.append(np.array(losses))
+        squares.append(np.array(lengths))
+    few = [u[0][:200], u[1][:200]]
+    for n, (a, b) in {10_000: u, 200: few}.items():
+        ones = np.ones((len(a), 1))
+        fit = np.linalg.lstsq(np.concatenate([a, ones], 1), squares[0][: len(a)], rcond=None)[0]
+        guess = b @ fit[:1] + fit[1]
+        metric = dark(random_sae, tiny_cache, ce_tokens=n, n_bootstrap=20).metrics[
+            "r2_norm_sq_from_loss"
+        ]
+        assert metric.n == len(b)
+        assert metric.value == pytest.approx(r2_pooled(squares[1][: len(b)], guess), abs=1e-6)
+        assert metric.interval is not None and metric.interval[0] < metric.value
+
+
 class Noisy(SAE):
     """An SAE with noise of this variance on each dimension of its reconstructions: a function of
     the row, but so wild a one that nothing predicts it."""
@@ -577,7 +607,8 @@ def test_a_cache_without_one_of_the_splits_is_refused(
 def test_reconstructions_that_are_not_finite_are_refused(
     random_sae: SAE, tiny_cache: ActivationCache
 ) -> None:
-    broken = dataclasses.replace(random_sae, b_dec=torch.full((16,), torch.inf))
+    # Finite weights, whose products are not.
+    broken = dataclasses.replace(random_sae, W_dec=random_sae.W_dec * 3e38)
     with pytest.raises(SaekitError, match="reconstructions at 'resid_post.0' contain NaN"):
         dark(broken, tiny_cache)
 

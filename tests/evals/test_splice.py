@@ -6,7 +6,7 @@ from saekit import ActivationCache
 from saekit.activations_cache.model import LanguageModel
 from saekit.activations_cache.splice import Edit, only_at
 from saekit.evals import _splice
-from saekit.evals._splice import Losses, spliced_losses
+from saekit.evals._splice import Losses, spliced_losses, token_losses
 
 HOOK = "resid_post.0"
 
@@ -48,6 +48,27 @@ def test_losses_agree_with_a_loop_over_windows_and_positions(
     assert found["zero"].ce.value == pytest.approx(float(sum(ce_zero)) / len(ce), rel=1e-5)
     assert found["zero"].kl.value == pytest.approx(float(sum(kl)) / len(ce), rel=1e-5)
     assert found["clean"].kl.n == 0
+
+
+@pytest.mark.parametrize("n", [7, 10_000])
+def test_the_loss_of_each_token_is_that_of_its_row(
+    n: int, model: LanguageModel, tiny_cache: ActivationCache
+) -> None:
+    expected = [
+        (window.start + t, float(-log_p[t, window.tokens[t + 1]]))
+        for window in tiny_cache.windows("test")
+        for log_p in [model.logits(window.tokens[None])[0].double().log_softmax(1)]
+        for t in range(len(window.tokens) - 1)
+        if window.keep[t]
+    ][:n]
+    told: list[int] = []
+    windows = tiny_cache.windows("test")
+    found = list(token_losses(model, tiny_cache, HOOK, windows, n, told.append))
+    assert torch.cat([rows for rows, _ in found]).tolist() == [row for row, _ in expected]
+    assert torch.cat([loss for _, loss in found]).tolist() == pytest.approx(
+        [loss for _, loss in expected], rel=1e-5
+    )
+    assert sum(told) == len(expected)
 
 
 def test_only_kept_positions_are_edited(
