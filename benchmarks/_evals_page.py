@@ -1,6 +1,7 @@
 """Tables of the evaluations: beside SAELens's own (docs/peers.md), and what each costs
 (evals/README.md). Standard library only."""
 
+from collections.abc import Sequence
 from typing import Any
 
 Line = dict[str, Any]
@@ -41,7 +42,7 @@ def newest(lines: list[Line], *key: str) -> list[Line]:
     return list(found.values())
 
 
-def markdown(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def markdown(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [columns, ("---",) * len(columns), *rows]
     return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
 

@@ -77,7 +77,7 @@ def main() -> None:
     config = get_eval_everything_config(size, job["batches"], job["batches"])
     found, by_latent = run_evals(
         sae_of(load_file(args.sae), job),
-        Store(tokens, size),  # type: ignore[arg-type]
+        Store(tokens, size),
         model,
         ActivationScaler(),
         config,

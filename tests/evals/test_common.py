@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from saekit import ActivationCache, evaluate
 from saekit.errors import SaekitError
@@ -75,6 +76,15 @@ def test_a_second_run_is_identical(
     for file in files:
         again = tmp_path / "second" / file.relative_to(tmp_path / "first")
         assert file.read_bytes() == again.read_bytes()
+
+
+def test_weights_in_float64_change_no_number(
+    here: str, random_sae: SAE, tiny_cache: ActivationCache, tmp_path: Path
+) -> None:
+    """Evaluations run in float32, whatever the file holds."""
+    given = run(here, random_sae, tiny_cache, tmp_path / "given")
+    wide = run(here, random_sae.to(dtype=torch.float64), tiny_cache, tmp_path / "wide")
+    assert wide.metrics == given.metrics
 
 
 def test_it_leaves_the_sae_as_it_was(

@@ -263,6 +263,8 @@ def test_every_number_agrees_with_a_plain_loop(
     assert got["l2_ratio"] == pytest.approx(ratio, abs=1e-6)
     assert got["true_l0"] == pytest.approx(sum(map(sum, there)) / len(index), abs=1e-12)
     assert got["l0_mean"] == pytest.approx(sum(map(sum, fires)) / len(index), abs=1e-12)
+    dead = sum(not any(line[i] for line in fires) for i in range(d_sae))
+    assert got["dead_share"] == pytest.approx(dead / d_sae, abs=1e-12)
     density = [sum(t[g] for t in there) / len(index) for g in range(7)]
     assert result.arrays["feature_density"].tolist() == pytest.approx(density)
 

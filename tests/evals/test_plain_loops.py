@@ -1,0 +1,250 @@
+"""Every number of `firing`, `geometry` and `stability` once more, in plain loops of float64: none
+is without one. (Of the other evaluations in their own files.)"""
+
+import dataclasses
+import math
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from saekit import ActivationCache, checkpoint, evaluate
+from saekit.evals.firing import FiringConfig
+from saekit.evals.geometry import GeometryConfig
+from saekit.evals.stability import StabilityConfig
+from saekit.results import EvalResult
+from saekit.sae import SAE
+from saekit.seeds import stream
+
+HOOK = "resid_post.0"
+Row = list[float]
+
+
+def values(result: EvalResult) -> dict[str, float]:
+    return {name: metric.value for name, metric in result.metrics.items()}
+
+
+def of_nulls(name: str) -> bool:
+    """Numbers of random dictionaries, which other tests hold to their draws."""
+    return name.endswith(("_null", "_null_cov")) and not name.startswith("enc_dec")
+
+
+def dot(a: Row, b: Row) -> float:
+    return math.fsum(p * q for p, q in zip(a, b, strict=True))
+
+
+def cos(a: Row, b: Row) -> float:
+    return dot(a, b) / math.sqrt(dot(a, a) * dot(b, b))
+
+
+def mean(numbers: list[float]) -> float:
+    return math.fsum(numbers) / len(numbers)
+
+
+def percentile(numbers: list[float], p: float) -> float:
+    """By linear interpolation."""
+    ranked, at = sorted(numbers), p / 100 * (len(numbers) - 1)
+    low = math.floor(at)
+    return ranked[low] + (at - low) * (ranked[min(low + 1, len(ranked) - 1)] - ranked[low])
+
+
+def least(share: float, ranked: list[int]) -> int:
+    return ranked[math.ceil(share * len(ranked)) - 1]
+
+
+def sparsity(rows: list[Row]) -> dict[str, float]:
+    found: dict[str, list[float]] = {"effective_l0": [], "participation": [], "hoyer": []}
+    for row in rows:
+        if any(row):
+            one, two = math.fsum(map(abs, row)), dot(row, row)
+            root = math.sqrt(len(row))
+            found["effective_l0"].append(one**2 / two)
+            found["participation"].append(two**2 / math.fsum(a**4 for a in row))
+            found["hoyer"].append((root - one / math.sqrt(two)) / (root - 1))
+    return {name: mean(each) for name, each in found.items()}
+
+
+def zipf(count: list[int], few: int) -> dict[str, float]:
+    """By a line through log count over log rank, and by likelihood, found by bisection."""
+    ranked = sorted((c for c in count if c >= few), reverse=True)
+    n = len(ranked)
+    x = [math.log(r) for r in range(1, n + 1)]
+    y = [math.log(c) for c in ranked]
+    mx, my = mean(x), mean(y)
+    scatter, together = dot([a - mx for a in x], [a - mx for a in x]), [b - my for b in y]
+    slope = dot([a - mx for a in x], together) / scatter
+    left = math.fsum((b - my - slope * (a - mx)) ** 2 for a, b in zip(x, y, strict=True))
+    total, seen = sum(ranked), dot([float(c) for c in ranked], x)
+
+    def rise(s: float) -> float:
+        """Of the log-likelihood."""
+        law = [r**-s for r in range(1, n + 1)]
+        return total * dot(law, x) / math.fsum(law) - seen
+
+    low, high = 0.0, 10.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if rise(middle) > 0 else (low, middle)
+    law = [r**-low for r in range(1, n + 1)]
+    apart = [
+        abs(sum(ranked[:r]) / total - math.fsum(law[:r]) / math.fsum(law)) for r in range(1, n + 1)
+    ]
+    return {
+        "zipf_exponent_line": -slope,
+        "zipf_r2_line": 1 - left / dot(together, together),
+        "zipf_exponent_likelihood": low,
+        "zipf_ks_likelihood": max(apart),
+    }
+
+
+def test_firing(random_sae: SAE, tiny_cache: ActivationCache) -> None:
+    rows = tiny_cache.rows(HOOK, tiny_cache.indices("test"))
+    x = rows.double().tolist()
+    z: list[Row] = random_sae.encode(rows).double().tolist()
+    n, width = len(x), len(z[0])
+    columns = [list(column) for column in zip(*z, strict=True)]
+    count = [sum(v != 0 for v in column) for column in columns]
+    l0 = sorted(sum(v != 0 for v in row) for row in z)
+    middle = mean([float(v) for v in l0])
+    alive = [c for c in count if c]
+    near = [
+        mean([abs(v) <= share * math.sqrt(dot(row, row) / len(row)) for row in x for v in row])
+        for share in (0.01, 0.1)
+    ]
+    scale = math.sqrt(16) / tiny_cache.stats(HOOK).mean_norm
+    lengths = [math.sqrt(dot(row, row)) * scale for row in random_sae.W_dec.double().tolist()]
+    variances = [
+        mean([(v - mean(column)) ** 2 for v in column]) * length**2
+        for column, length in zip(columns, lengths, strict=True)
+    ]
+    expected = {
+        "l0_mean": middle,
+        "l0_sd": math.sqrt(mean([(v - middle) ** 2 for v in l0])),
+        **{f"l0_p{p}": least(p / 100, l0) for p in (5, 25, 50, 75, 95)},
+        **{f"z_{name}": value for name, value in sparsity(z).items()},
+        **{f"x_{name}": value for name, value in sparsity(x).items()},
+        "x_nonzero_share": mean([v != 0 for row in x for v in row]),
+        "x_near_zero_share_0.01": near[0],
+        "x_near_zero_share_0.1": near[1],
+        f"dead_share_lt1_in_{n}": sum(c < 1 for c in count) / width,
+        f"dead_share_lt16_in_{n}": sum(c < 16 for c in count) / width,
+        "dense_share_over_1_percent": sum(c > 0.01 * n for c in count) / width,
+        "dense_share_over_10_percent": sum(c > 0.1 * n for c in count) / width,
+        "dense_share_of_alive_over_1_percent": sum(c > 0.01 * n for c in alive) / len(alive),
+        "dense_share_of_alive_over_10_percent": sum(c > 0.1 * n for c in alive) / len(alive),
+        **zipf(count, 1),
+        "active_units_share": sum(v > 0.01 for v in variances) / width,
+    }
+    config = FiringConfig(n_bootstrap=0)
+    found = values(evaluate("firing", random_sae, tiny_cache, hook=HOOK, config=config))
+    assert found == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+@pytest.fixture
+def partly_dead(random_sae: SAE) -> SAE:
+    """Latents 0..9 never fire."""
+    b_enc = random_sae.b_enc.clone()
+    b_enc[:10] = -1e6
+    return dataclasses.replace(random_sae, b_enc=b_enc)
+
+
+def alive_of(sae: SAE, cache: ActivationCache) -> list[int]:
+    z = sae.encode(cache.rows(HOOK, cache.indices("test")))
+    return [i for i in range(sae.d_sae) if bool((z[:, i] != 0).any())]
+
+
+def spread(name: str, numbers: list[float]) -> dict[str, float]:
+    return {
+        f"{name}_mean": mean(numbers),
+        **{f"{name}_p{p}": percentile(numbers, p) for p in (5, 50, 95)},
+    }
+
+
+def test_geometry(partly_dead: SAE, tiny_cache: ActivationCache) -> None:
+    alive = alive_of(partly_dead, tiny_cache)
+    n = len(alive)
+    rows = {
+        "dec": [partly_dead.W_dec[i].double().tolist() for i in alive],
+        "enc": [partly_dead.W_enc[:, i].double().tolist() for i in alive],
+    }
+    shift = int(torch.randint(1, n, (1,), generator=stream("enc_dec_cos", 0)))
+    own = [cos(e, d) for e, d in zip(rows["enc"], rows["dec"], strict=True)]
+    others = [cos(rows["enc"][i], rows["dec"][(i - shift) % n]) for i in range(n)]
+    expected = {"alive_share": n / 40, **spread("enc_dec_cos", own)}
+    expected |= {f"{name}_null": v for name, v in spread("enc_dec_cos", others).items()}
+    for side, some in rows.items():
+        expected |= spread(f"{side}_norm", [math.sqrt(dot(row, row)) for row in some])
+        table = [[cos(a, b) for b in some] for a in some]
+        pairs = [table[i][j] for i in range(n) for j in range(n) if i != j]
+        expected[f"pair_cos_{side}_mean"] = mean(pairs)
+        expected[f"pair_cos_{side}_rms"] = math.sqrt(mean([c * c for c in pairs]))
+        for sign in ("signed", "abs") if side == "dec" else ("abs",):
+            size = abs if sign == "abs" else float
+            best = [max(size(table[i][j]) for j in range(n) if i != j) for i in range(n)]
+            name = f"max_cos_{side}_{sign}"
+            expected[f"{name}_mean"] = mean(best)
+            expected[f"{name}_median"] = percentile(best, 50)
+            expected[f"{name}_p99"] = percentile(best, 99)
+            expected[f"{name}_share_over_0.7"] = sum(c > 0.7 for c in best) / n
+    config = GeometryConfig()
+    found = values(evaluate("geometry", partly_dead, tiny_cache, hook=HOOK, config=config))
+    assert {k: v for k, v in found.items() if not of_nulls(k)} == pytest.approx(expected, abs=1e-6)
+
+
+def subspace(rows: list[Row], rank: int) -> Any:
+    """Leading right singular vectors."""
+    return np.linalg.svd(np.array(rows))[2][:rank]
+
+
+def test_stability(random_sae: SAE, tiny_cache: ActivationCache, tmp_path: Path) -> None:
+    """Seven latents against five, so that all matchings can be tried."""
+
+    def few(sae: SAE, n: int) -> SAE:
+        off = torch.ones(sae.d_sae, dtype=torch.bool)
+        off[alive_of(sae, tiny_cache)[:n]] = False
+        return dataclasses.replace(sae, b_enc=sae.b_enc.where(~off, -1e6))
+
+    generator = torch.Generator().manual_seed(9)
+    near = random_sae.W_dec + 0.15 * torch.randn(40, 16, generator=generator)
+    sae = few(random_sae, 7)
+    other = few(dataclasses.replace(random_sae, W_dec=near[:, torch.randperm(16)] + near), 5)
+    alive = [alive_of(one, tiny_cache) for one in (sae, other)]
+    a, b = (
+        [[v / math.sqrt(dot(row, row)) for v in row] for row in one.W_dec[i].double().tolist()]
+        for one, i in zip((sae, other), alive, strict=True)
+    )
+    assert 5 < len(a) <= 7 and 3 < len(b) <= 5
+    n, m = len(a), len(b)
+    expected = {"alive_share": n / 40, "vs1_alive": m}
+    for sign in ("signed", "abs"):
+        size = abs if sign == "abs" else float
+        table = [[size(dot(p, q)) for q in b] for p in a]
+        forward = [max(range(m), key=lambda j, line=line: line[j]) for line in table]
+        columns = [[table[i][j] for i in range(n)] for j in range(m)]
+        backward = [max(range(n), key=lambda i, line=line: line[i]) for line in columns]
+        for way, best, of in (("forward", forward, table), ("backward", backward, columns)):
+            cosines = [line[j] for line, j in zip(of, best, strict=True)]
+            expected[f"vs1_mmcs_{sign}_{way}"] = mean(cosines)
+            expected[f"vs1_uniqueness_{sign}_{way}"] = len(set(best)) / len(best)
+            expected[f"vs1_share_over_0.7_{sign}_{way}"] = mean([c > 0.7 for c in cosines])
+        both = [table[i][j] for i, j in enumerate(forward) if backward[j] == i]
+        expected[f"vs1_mutual_share_{sign}"] = len(both) / m
+        expected[f"vs1_mutual_cos_{sign}"] = mean(both)
+        tries = permutations(range(n), m)
+        pairs = max(([columns[j][i] for j, i in enumerate(some)] for some in tries), key=math.fsum)
+        expected[f"vs1_pw_mcc_{sign}"] = mean(pairs)
+        expected[f"vs1_pw_share_over_0.7_{sign}"] = mean([c > 0.7 for c in pairs])
+        if sign == "abs":
+            unfound = [
+                [row for row, line in zip(rows, of, strict=True) if max(line) <= 0.7]
+                for rows, of in ((a, table), (b, columns))
+            ]
+    angles = subspace(unfound[0], 2) @ subspace(unfound[1], 2).T
+    expected["vs1_unfound_subspace_2"] = float((angles**2).sum() / 2)
+    checkpoint.save(other, tmp_path)
+    config = StabilityConfig(against=(tmp_path,), subspace_rank=2)
+    found = values(evaluate("stability", sae, tiny_cache, hook=HOOK, config=config))
+    assert {k: v for k, v in found.items() if not of_nulls(k)} == pytest.approx(expected, abs=1e-6)
