@@ -277,6 +277,7 @@ def test_numbers_agree_with_prompts_run_one_by_one(
     mean = torch.stack([read(fit, row) for row in range(len(fit))]).mean(0)
     target = changed(test, "IO", 0)
     ld: dict[str, list[float]] = {"clean": [], "abl": [], "sae": [], "without": [], "edit": []}
+    ld["patch"] = []
     agree, untouched = 0, 0
     for row in range(n):
         a, b = read(test, row), read(target, row)
@@ -297,13 +298,14 @@ def test_numbers_agree_with_prompts_run_one_by_one(
         runs = {"abl": mean, "sae": x_hat, "without": mean + a - x_hat, "edit": edited}
         difference, top = one_answer(model, test, row, places, None)
         ld["clean"].append(difference)
-        _, wanted = one_answer(model, test, row, places, b.float())
+        patched, wanted = one_answer(model, test, row, places, b.float())
+        ld["patch"].append(patched)
         untouched += top == wanted
         for name, new in runs.items():
             difference, top = one_answer(model, test, row, places, new.float())
             ld[name].append(difference)
             agree += name == "edit" and top == wanted
-    clean, ablated, x_hat_ld, without, edit = (sum(some) / n for some in ld.values())
+    clean, ablated, x_hat_ld, without, edit, patch = (sum(some) / n for some in ld.values())
     numbers = values(found)
     expected = {
         "ld_clean": clean,
@@ -311,6 +313,8 @@ def test_numbers_agree_with_prompts_run_one_by_one(
         "sae_ld": x_hat_ld,
         "sae_necessity_ld": without,
         "io_ld_sae_k2": edit,
+        "io_ld_patch": patch,
+        "io_effect_sae_k2": (edit - clean) / (patch - clean),
         "sae_sufficiency": x_hat_ld / clean,
         "sae_recovered_mean": abs(x_hat_ld - ablated) / abs(clean - ablated),
         "sae_necessity_mean": 1 - abs(ablated - without) / abs(ablated - clean),
@@ -319,6 +323,122 @@ def test_numbers_agree_with_prompts_run_one_by_one(
     }
     # Logits are fp32, and those of a batch are not those of a prompt alone to the last digit.
     assert {name: numbers[name] for name in expected} == pytest.approx(expected, abs=2e-3)
+
+
+class Told:
+    """What latents tell, in plain loops: `fires[row][place][latent]`, and what each prompt is."""
+
+    def __init__(self, sae: SAE, model: LanguageModel, prompts: Prompts) -> None:
+        self.x = Patcher(model, HOOK, (0, 1, 2, 3), 64, lambda _: None).read(prompts)
+        self.z = sae.encode(self.x.flatten(0, 1)).view(*self.x.shape[:2], -1).tolist()
+        order, n = prompts.order.tolist(), len(prompts.names)
+        self.families: dict[str, tuple[list[int], int, int]] = {"pos": (order, 2, 1)}
+        for name, of in (("io", prompts.io.tolist()), ("s", prompts.subject.tolist())):
+            self.families[name] = (of, n, n // 4)
+            for i, end in enumerate(("abb", "bab")):
+                here = [v if o == i else -1 for v, o in zip(of, order, strict=True)]
+                self.families[f"{name}_{end}"] = (here, n, n // 4)
+
+    def f1(self, place: int, latent: int, family: str, union: set[int], least: float = 0) -> float:
+        told = [row[place][latent] for row in self.z]
+        fires = [v >= least if least else v > 0 for v in told]
+        holds = [v in union for v in self.families[family][0]]
+        both = sum(map(bool, fires)) + sum(holds)
+        return 2 * sum(a and b for a, b in zip(fires, holds, strict=True)) / max(both, 1)
+
+    def union(self, place: int, latent: int, family: str) -> tuple[float, set[int]]:
+        """The best that greedy search finds; of equals, the first."""
+        chosen: set[int] = set()
+        best, (_, size, most) = 0.0, self.families[family]
+        for _ in range(most):
+            left = {
+                v: self.f1(place, latent, family, chosen | {v})
+                for v in range(size)
+                if v not in chosen
+            }
+            top = max(left, key=lambda v: left[v])
+            if chosen and left[top] <= best:
+                break
+            chosen, best = chosen | {top}, left[top]
+        return best, chosen
+
+    def alive(self, place: int) -> list[int]:
+        return [i for i in range(80) if any(row[place][i] > 0 for row in self.z)]
+
+
+GROUPS = {"io": ("io", "io_abb", "io_bab"), "s": ("s", "s_abb", "s_bab"), "pos": ("pos",)}
+
+
+def held_out(fit: Told, test: Told, group: tuple[str, ...]) -> list[float]:
+    """F1 on the test's prompts of the place and union that are best on the fit's."""
+    found: dict[int, tuple[float, float]] = {}
+    for place in range(4):
+        for latent in fit.alive(place):
+            for family in (name for name in fit.families if name in group):
+                f1, union = fit.union(place, latent, family)
+                if f1 > found.get(latent, (0.0, 0.0))[0]:
+                    found[latent] = f1, test.f1(place, latent, family, union)
+    return [f1 for _, f1 in found.values()]
+
+
+def held_out_of_thresholds(fit: Told, test: Told) -> list[float]:
+    """The same, of single values and the best threshold."""
+    found: dict[int, tuple[float, float]] = {}
+    for place in range(4):
+        for latent in fit.alive(place):
+            values = sorted({row[place][latent] for row in fit.z} - {0.0}, reverse=True)
+            for least in values:
+                for family, (_, size, _) in fit.families.items():
+                    for value in range(size):
+                        f1 = fit.f1(place, latent, family, {value}, least)
+                        if f1 > found.get(latent, (0.0, 0.0))[0]:
+                            told = test.f1(place, latent, family, {value}, least)
+                            found[latent] = f1, told
+    return [f1 for _, f1 in found.values()]
+
+
+def test_counts_of_latents_that_tell_agree_with_plain_loops(
+    sparse: SAE, model: LanguageModel, found: EvalResult
+) -> None:
+    every = make(model, 60, 0, "test", NAMES)
+    fit, test = Told(sparse, model, every[:48]), Told(sparse, model, every[48:])
+    f1 = {name: held_out(fit, test, group) for name, group in GROUPS.items()}
+    f1["any"] = held_out(fit, test, sum(GROUPS.values(), ()))
+    f1["best_threshold"] = held_out_of_thresholds(fit, test)
+    expected = {
+        f"sae_f1_{round(100 * least)}_{name}": sum(v >= least - 1e-12 for v in some)
+        for name, some in f1.items()
+        for least in (0.8, 0.5)
+    }
+    numbers = values(found)
+    assert {name: numbers[name] for name in expected} == expected
+    assert 0 < expected["sae_f1_50_any"] < 80
+
+
+def test_what_codes_explain_agrees_with_plain_loops(
+    sparse: SAE, model: LanguageModel, found: EvalResult
+) -> None:
+    every = make(model, 60, 0, "test", NAMES)
+    fit, test = Told(sparse, model, every[:48]), Told(sparse, model, every[48:])
+    numbers = values(found)
+    x, fitted = (told.x.double().flatten(1) for told in (test, fit))
+    mu, mean = x.mean(0), fitted.mean(0)
+    of_fit, of_test = (
+        list(zip(p.io.tolist(), p.subject.tolist(), p.order.tolist(), strict=True))
+        for p in (every[:48], every[48:])
+    )
+    code = []
+    for row in of_test:
+        y = mean.clone()
+        for i, value in enumerate(row):
+            alike = [a for a, known in zip(fitted, of_fit, strict=True) if known[i] == value]
+            y += torch.stack(alike).mean(0) - mean
+        code.append(y)
+    x_hat = sparse(test.x.flatten(0, 1)).double().view(len(x), -1)
+    for name, guess in (("sae", x_hat), ("mean_code", torch.stack(code))):
+        left = sum(float((a - b) @ (a - b)) for a, b in zip(x, guess, strict=True))
+        whole = sum(float((a - mu) @ (a - mu)) for a in x)
+        assert numbers[f"{name}_ev"] == pytest.approx(1 - left / whole, rel=1e-6), name
 
 
 def test_batch_size_changes_no_number(
