@@ -52,6 +52,13 @@ class IndirectObjectConfig(ResampledConfig):
     occlude: tuple[float, ...] = (0.5, 1.0)
     """Shares of the supervised IO code to take away before latents are counted."""
 
+    occluded_out: str | None = None
+    """Folder or URL for a cache of the fit's activations less those shares, that SAEs can be
+    refitted on: `saekit train topk --cache FOLDER --hook HOOK:without_50_io`."""
+
+    refitted: tuple[str, ...] = ()
+    """Folders of SAEs trained on that cache: their latents are counted too, as the paper does."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.split == "all":

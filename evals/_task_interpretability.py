@@ -173,19 +173,22 @@ def count_told(
 
 def count_occluded(
     table: Table,
+    who: str,
     alpha: float,
     predicates: Predicates,
     sight: Sight,
     weights: Float[Tensor, "sample row"],
 ) -> None:
-    """How many latents tell of the IO and of the S once a share of the IO's code is taken away."""
+    """How many latents tell of the IO and of the S once a share of the IO's code is taken away:
+    those of the "sae", or of one that was "refitted"."""
+    fitted = {"sae": "which the SAE was not fitted to", "refitted": "which this SAE was fitted to"}
     for group in ("io", "s"):
         f1 = predicates.held_out_f1(GROUPS[group], sight, weights)
         table.add_count(
-            f"sae_f1_50_{group}_without_{round(100 * alpha)}_io",
+            f"{who}_f1_50_{group}_without_{round(100 * alpha)}_io",
             _at_least(f1, 0.5),
             f"{_definition(0.5, group)}; of activations less {alpha:g} of their supervised IO code "
-            "(least squares), which the SAE was not fitted to",
+            f"(least squares), {fitted[who]}",
         )
 
 

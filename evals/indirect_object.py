@@ -17,9 +17,9 @@ are replaced at once, with what the same place holds in another prompt or in a r
 edit at a place that later layers no longer read changes nothing: then the patch agrees with no
 intervention, `*_agreement_none`, which to read first.
 
-Feature occlusion is measured without refitting SAEs: the SAE reads activations less a share alpha
-of their supervised IO code, which it was not trained on. The paper refits, as far as its figure
-tells.
+Feature occlusion: activations less a share alpha of their supervised IO code are read by the SAE,
+which was not trained on such, and, as the paper's figure is understood, by SAEs refitted to them:
+`occluded_out` writes what to train them on, and `refitted` names them.
 
 Axes: row (prompts), place, d, d_sae, sample (resamples of the prompts).
 """
@@ -34,6 +34,7 @@ from torch import Tensor
 
 from saekit import seeds
 from saekit.errors import ConfigError, Undefined
+from saekit.evals import _task_occluded
 from saekit.evals._base import Eval, EvalConfig, Findings
 from saekit.evals._controls import random_pursuit_sae, random_sae
 from saekit.evals._edits import Candidates, by_score, greedy
@@ -86,10 +87,24 @@ class IndirectObject(Eval):
         split = cfg.split
         assert split != "all"
         prompts = make(model, cfg.n_fit + cfg.n_test, cfg.seed, split, cfg.names)
+        if cfg.occluded_out is not None:
+            _task_occluded.refuse(cfg.occluded_out)
+        again = _task_occluded.refitted(
+            cfg.refitted, self.cache, self.hook, cfg.occlude, self.device
+        )
         places = tuple(ROLES.index(role) for role in cfg.positions)
         with bar("prompts", self._passes(), shown=self.progress) as shown:
             patcher = Patcher(model, self.hook, places, cfg.batch_size, shown.advance)
-            return _Run(cfg, self._dictionaries(), patcher, prompts).findings()
+            run = _Run(cfg, self._dictionaries(), patcher, prompts, again)
+            findings = run.findings()
+        if cfg.occluded_out is not None:
+            token = run.fit.ids.gather(1, run.fit.at[:, list(places)])
+            hooks = {
+                _task_occluded.hook_of(self.hook, alpha): run.occluded(run.x_fit, run.fit, alpha)
+                for alpha in cfg.occlude
+            }
+            _task_occluded.write(cfg.occluded_out, self.cache, hooks, token)
+        return findings
 
     def _dictionaries(self) -> dict[str, SAE]:
         """The SAE, and the random ones where there can be any."""
@@ -124,8 +139,10 @@ class _Run:
         saes: dict[str, SAE],
         patcher: Patcher,
         prompts: Prompts,
+        refitted: dict[float, SAE],
     ) -> None:
         self.cfg, self.patcher = cfg, patcher
+        self.refitted = {alpha: Coder(sae, cfg.batch_size) for alpha, sae in refitted.items()}
         self.fit, self.test = prompts[: cfg.n_fit], prompts[cfg.n_fit :]
         self.x_fit, self.x_test = patcher.read(self.fit), patcher.read(self.test)
         patched = self.test[: cfg.n_patch]
@@ -257,13 +274,20 @@ class _Run:
                 "the IO or the S (on the prompts of the fit, at their place) set to 0",
             )
 
+    def occluded(self, x: Places, prompts: Prompts, alpha: float) -> Places:
+        """Activations of these prompts less that share of their IO code."""
+        code = self.supervised["mse"].part("IO", prompts.io)
+        return x - alpha * code.view_as(x).float()
+
     def _occlusion(self) -> None:
-        coder, weights = self.coders["sae"], self.told.resamples.weights.double()
+        weights = self.told.resamples.weights.double()
         for alpha in self.cfg.occlude:
-            x_fit, x_test = (
-                x - alpha * self.supervised["mse"].part("IO", prompts.io).view_as(x).float()
-                for x, prompts in ((self.x_fit, self.fit), (self.x_test, self.test))
-            )
-            predicates = Predicates(coder.sight(x_fit, self.fit, self.cfg.union))
-            sight = coder.sight(x_test, self.test, self.cfg.union)
-            count_occluded(self.told, alpha, predicates, sight, weights)
+            x_fit = self.occluded(self.x_fit, self.fit, alpha)
+            x_test = self.occluded(self.x_test, self.test, alpha)
+            readers = {"sae": self.coders["sae"]}
+            if alpha in self.refitted:
+                readers["refitted"] = self.refitted[alpha]
+            for who, coder in readers.items():
+                predicates = Predicates(coder.sight(x_fit, self.fit, self.cfg.union))
+                sight = coder.sight(x_test, self.test, self.cfg.union)
+                count_occluded(self.told, who, alpha, predicates, sight, weights)

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from saekit import ActivationCache, HarvestConfig, evaluate, harvest
+from saekit import ActivationCache, HarvestConfig, evaluate, harvest, train
 from saekit.activations_cache.model import LanguageModel
-from saekit.errors import ConfigError, SaekitError
+from saekit.activations_cache.verify import verify
+from saekit.errors import CacheError, ConfigError, SaekitError
 from saekit.evals._indirect_object_prompts import (
     ATTRIBUTES,
     ROLES,
@@ -27,6 +28,7 @@ from saekit.evals._task_scores import Table, effect, necessity, recovered, suffi
 from saekit.evals.indirect_object import IndirectObjectConfig
 from saekit.results import EvalResult
 from saekit.sae import SAE, ReLU, TopK
+from saekit.trainers.topk import TopKConfig
 
 HOOK = "resid_post.1"
 NAMES = ("George", "Emily", "Robert", "Rachel", "Kate", "Peter", "Helen", "David")
@@ -491,6 +493,54 @@ def test_dropping_the_error_term_starts_at_the_reconstruction(
     kept = values(found)
     assert dropped["sae_ld"] == pytest.approx(kept["sae_ld"], abs=1e-4)
     assert abs(dropped["io_ld_sae_k2"] - kept["io_ld_sae_k2"]) > 0.1
+
+
+def test_saes_are_refitted_to_activations_without_the_io(
+    sparse: SAE, cache: ActivationCache, model: LanguageModel, tmp_path: Path
+) -> None:
+    out = tmp_path / "occluded"
+    both = {"occlude": (0.5, 1.0)}
+    plain = values(run(sparse, cache, occluded_out=str(out), **both))
+    occluded = ActivationCache.open(out)
+    assert not verify(occluded)
+    assert list(occluded.hooks) == [f"{HOOK}:without_50_io", f"{HOOK}:without_100_io"]
+    assert (occluded.n_rows, occluded.model_fingerprint) == (48 * 4, cache.model_fingerprint)
+    fit = make(model, 60, 0, "test", NAMES)[:48]
+    x = Patcher(model, HOOK, (0, 1, 2, 3), 64).read(fit)
+    # Least squares on one-hot attributes, the shortest of the solutions.
+    hot = [torch.nn.functional.one_hot(v).double() for v in (fit.io, fit.subject, fit.order)]
+    flat = x.double().flatten(1)
+    U = torch.linalg.pinv(torch.cat(hot, 1)) @ (flat - flat.mean(0))
+    io = (hot[0] @ U[:8]).view_as(x)
+    rows = torch.arange(48 * 4)
+    for percent in (50, 100):
+        stored = occluded.rows(f"{HOOK}:without_{percent}_io", rows)
+        expected = (x - percent / 100 * io).flatten(0, 1).float()
+        torch.testing.assert_close(stored, expected, rtol=1e-4, atol=1e-4)
+    assert occluded.take("token", rows)[::4].tolist() == fit.ids.gather(1, fit.at)[:, 0].tolist()
+    paths = []
+    for percent in (50, 100):
+        cfg = TopKConfig(d_sae=32, k=4, n_tokens=4000, batch_size=96, dead_after=2000)
+        hook = f"{HOOK}:without_{percent}_io"
+        train(cfg, occluded, hook=hook, out=tmp_path / f"{percent}", device="cpu")
+        paths.append(str(tmp_path / f"{percent}"))
+    again = run(sparse, cache, refitted=tuple(paths), **both)
+    found = values(again)
+    new = {name for name in found if name.startswith("refitted_")}
+    assert new == {
+        f"refitted_f1_50_{group}_without_{percent}_io"
+        for group in ("io", "s")
+        for percent in (50, 100)
+    }
+    assert {name: found[name] for name in plain} == plain
+    metric = again.metrics["refitted_f1_50_s_without_100_io"]
+    assert "which this SAE was fitted to" in metric.definition
+    with pytest.raises(CacheError, match="holds a cache already: give another folder as occluded"):
+        run(sparse, cache, occluded_out=str(out))
+    with pytest.raises(ConfigError, match="is an SAE of .*without_50_io.*, and what is counted is"):
+        run(sparse, cache, refitted=tuple(paths), occlude=(1.0,))
+    with pytest.raises(ConfigError, match="names two SAEs of"):
+        run(sparse, cache, refitted=(paths[0], paths[0]), **both)
 
 
 def test_a_silent_sae_tells_nothing(
