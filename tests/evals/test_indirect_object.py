@@ -342,7 +342,7 @@ class Told:
                 self.families[f"{name}_{end}"] = (here, n, n // 4)
 
     def f1(self, place: int, latent: int, family: str, union: set[int], least: float = 0) -> float:
-        told = [row[place][latent] for row in self.z]
+        told: list[float] = [row[place][latent] for row in self.z]
         fires = [v >= least if least else v > 0 for v in told]
         holds = [v in union for v in self.families[family][0]]
         both = sum(map(bool, fires)) + sum(holds)

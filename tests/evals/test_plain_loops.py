@@ -222,9 +222,9 @@ def test_stability(random_sae: SAE, tiny_cache: ActivationCache, tmp_path: Path)
     for sign in ("signed", "abs"):
         size = abs if sign == "abs" else float
         table = [[size(dot(p, q)) for q in b] for p in a]
-        forward = [max(range(m), key=lambda j, line=line: line[j]) for line in table]
+        forward = [line.index(max(line)) for line in table]
         columns = [[table[i][j] for i in range(n)] for j in range(m)]
-        backward = [max(range(n), key=lambda i, line=line: line[i]) for line in columns]
+        backward = [line.index(max(line)) for line in columns]
         for way, best, of in (("forward", forward, table), ("backward", backward, columns)):
             cosines = [line[j] for line, j in zip(of, best, strict=True)]
             expected[f"vs1_mmcs_{sign}_{way}"] = mean(cosines)
