@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 from xml.etree import ElementTree
@@ -13,6 +14,7 @@ import pytest
 from saekit import cli, interop
 from saekit.evals import _kinds as eval_kinds
 from saekit.trainers import _kinds as sae_kinds
+from saekit.trainers._sweep import expand
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("saekit", "activations_cache", "trainers", "evals", "dashboard")
@@ -169,3 +171,15 @@ def test_every_link_leads_to_a_file() -> None:
 def test_every_command_has_a_line_of_help() -> None:
     for name, line in cli.commands().items():
         assert line, name
+
+
+def test_the_recipe_of_a_report_can_be_read_and_is_of_twelve_saes_and_more() -> None:
+    sweep = tomllib.loads((ROOT / "docs" / "report_sweep.toml").read_text(encoding="utf-8"))
+    runs = expand({key: value for key, value in sweep.items() if key not in ("cache", "out")})
+    frozen = {run.name for run in runs if run.config.freeze != "none"}
+    learnt = {(run.name.split("-")[0], run.config.d_sae) for run in runs if run.name not in frozen}
+    assert len({kind for kind, _ in learnt}) >= 6 and len({size for _, size in learnt}) >= 2
+    assert len(learnt) >= 12 and frozen
+    measured = tomllib.loads((ROOT / "docs" / "report_evals.toml").read_text(encoding="utf-8"))
+    for name, options in measured.items():
+        eval_kinds.find(name).Config.from_dict(options)
