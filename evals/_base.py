@@ -21,6 +21,7 @@ from saekit.activations_cache.job import resolve_device
 from saekit.activations_cache.model import LanguageModel
 from saekit.activations_cache.store import ActivationCache
 from saekit.config import Config
+from saekit.distributed import ALONE, Mesh
 from saekit.errors import CacheError, ConfigError, SaekitError
 from saekit.evals import _kinds
 from saekit.progress import bar
@@ -87,6 +88,9 @@ class Eval(ABC):
     NORMALISED: ClassVar[bool] = False
     """Whether it is right for SAEs that normalise each row, whose latents are in units of their
     own row, so that W_enc and W_dec alone do not say what they read and add."""
+    SHARES_ROWS: ClassVar[bool] = False
+    """Whether several processes can look at a part of the rows each. Each class says so for itself:
+    what one that is built on it adds may need all rows."""
 
     def __init__(
         self,
@@ -97,8 +101,10 @@ class Eval(ABC):
         *,
         out: Path | None = None,
         progress: bool = False,
+        mesh: Mesh = ALONE,
     ) -> None:
         self.cfg = cfg
+        self.mesh = mesh
         self.device = resolve_device(cfg.device)
         self.given = sae
         """The SAE as it was given: what results are of."""
@@ -123,18 +129,28 @@ class Eval(ABC):
         return None
 
     def batches(self) -> Iterator[Float[Tensor, "row d"]]:
-        """The activations that the mask keeps, at most `max_rows`, in stored order.
+        """The activations that the mask keeps, at most `max_rows`, in stored order; of several
+        processes, this one's.
 
         Raises CacheError where there are none.
         """
-        index = self.rows()
-        with bar("activations", len(index), shown=self.progress) as shown:
-            for some in torch.split(index, self.cfg.batch_size):
+        ours = self.ours(self.rows())
+        with bar("activations", sum(map(len, ours)), shown=self.progress) as shown:
+            for some in ours:
                 yield self.cache.rows(self.hook, some).to(self.device)
                 shown.advance(len(some))
 
+    def ours(self, rows: Int[Tensor, " row"]) -> list[Int[Tensor, " part"]]:
+        """Of something of every row, this process's batches: an empty one at least."""
+        batches, rank = torch.split(rows, self.cfg.batch_size), self.mesh.data_rank
+        first, stop = (len(batches) * n // self.mesh.data for n in (rank, rank + 1))
+        return list(batches[first:stop]) or [rows[:0]]
+
     def rows(self) -> Int[Tensor, " row"]:
-        """Which rows of the cache `batches` gives. Raises CacheError where there are none."""
+        """Which rows of the cache `batches` gives, those of all processes.
+
+        Raises CacheError where there are none.
+        """
         cfg = self.cfg
         index = self.cache.indices(cfg.split, cfg.exclude)[: cfg.max_rows]
         if len(index) == 0:
@@ -178,19 +194,28 @@ def evaluate(
     config: EvalConfig | None = None,
     out: Path | str | None = None,
     progress: bool = False,
+    mesh: Mesh = ALONE,
 ) -> EvalResult:
     """Run the evaluation `name`, and save what it finds into the folder `out` where one is given.
 
-    The hook is the one that the SAE was trained on; it must be given for an SAE of unknown origin.
-    Raises ConfigError for an unknown name or another evaluation's config, CacheError for an SAE
-    that does not belong to the cache's model, to the hook, or to its width, and SaekitError for one
-    with NaN among its weights.
+    All processes of a `mesh` (of data alone; `saekit.distributed`) make the call together, look at
+    a part of the rows each, and get the same result, which rank 0 saves. The hook is the one that
+    the SAE was trained on; it must be given for an SAE of unknown origin. Raises ConfigError for an
+    unknown name, another evaluation's config or one that several processes cannot share, CacheError
+    for an SAE that does not belong to the cache's model, to the hook, or to its width, and
+    SaekitError for one with NaN among its weights.
     """
     kind = _kinds.find(name)
     cfg = kind.Config() if config is None else config
     if not isinstance(cfg, kind.Config):
         raise ConfigError(
             f"evaluation '{name}' takes a {kind.Config.__name__}, not a {type(cfg).__name__}"
+        )
+    if mesh.size > 1 and (mesh.latent > 1 or not _shared(kind)):
+        able = ", ".join(one for one in _kinds.names() if _shared(_kinds.find(one)))
+        raise ConfigError(
+            f"evaluation '{name}' runs in one process, and there are {mesh.size} (mesh {mesh}): "
+            f"start it without torchrun. Several can share the rows of: {able}"
         )
     hook = matching_hook(sae, cache, hook)
     _refuse_spoilt(sae)
@@ -202,7 +227,9 @@ def evaluate(
             f"normalises each row first; {', '.join(right)} are right for it"
         )
     with torch.no_grad():
-        found: Findings = kind(cfg, sae, cache, hook, out=folder, progress=progress).run()
+        found: Findings = kind(
+            cfg, sae, cache, hook, out=folder, progress=progress, mesh=mesh
+        ).run()
     result = EvalResult(
         eval=name,
         metrics=found.metrics,
@@ -215,9 +242,13 @@ def evaluate(
         versions=versions(),
         arrays=found.arrays,
     )
-    if folder is not None:
+    if folder is not None and mesh.rank == 0:
         result.save(folder)
     return result
+
+
+def _shared(kind: type[Eval]) -> bool:
+    return bool(vars(kind).get("SHARES_ROWS", False))
 
 
 def _refuse_spoilt(sae: SAE) -> None:

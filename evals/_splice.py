@@ -89,17 +89,24 @@ def spliced_losses(
     n_tokens: int,
     advance: Callable[[int], None],
     kl: Collection[str] = (),
+    part: tuple[int, int] = (0, 1),
 ) -> dict[str, Losses]:
     """Losses by the name of the edit, and those of the untouched model as "clean"; the divergence
     from it of the edits named in `kl`.
 
-    The first `n_tokens` scored positions count. Raises CacheError where the model's activations at
-    the hook are not those of the cache.
+    The first `n_tokens` scored positions count. `part` is (which, of how many): of n processes, the
+    i-th scores every n-th batch of them from the i-th on. Raises CacheError where the model's
+    activations at the hook are not those of the cache.
     """
     losses = dict.fromkeys(("clean", *edits), Losses())
-    left = n_tokens
-    for some in _batched(windows, len(model.vocab)):
+    left, (which, parts) = n_tokens, part
+    for number, some in enumerate(_batched(windows, len(model.vocab))):
+        if left <= 0:
+            break
         batch = _Batch.of(some, left, str(model.device))
+        left -= len(batch.document)
+        if number % parts != which:
+            continue
         target = batch.ids.roll(-1, dims=1)[batch.scored]
         seen: list[Tensor] = []
         clean = model.logits(batch.ids, {hook: recording(seen)})[batch.scored]
@@ -111,10 +118,7 @@ def spliced_losses(
             logits = model.logits(batch.ids, {hook: only_at(batch.edited, edit)})[batch.scored]
             of = log_p if name in kl else None
             losses[name] += _losses(logits, of, target, batch.document)
-        left -= len(target)
         advance(len(target))
-        if left <= 0:
-            break
     return losses
 
 

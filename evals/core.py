@@ -23,6 +23,7 @@ from saekit.errors import CacheError, ConfigError, Undefined
 from saekit.evals._base import Eval, EvalConfig, Findings, ResampledConfig
 from saekit.evals._core_rows import CoreRows, Samples
 from saekit.evals._metrics import DENSE, MIN_CE_RISE, Firing, Reconstruction, ce_recovered
+from saekit.evals._ranks import joined, joined_losses
 from saekit.evals._resample import Estimate, Resamples, few
 from saekit.evals._splice import Losses, spliced_losses
 from saekit.progress import bar
@@ -45,6 +46,7 @@ class CoreConfig(ResampledConfig):
 class Core(Eval):
     Config: ClassVar[type[EvalConfig]] = CoreConfig
     NORMALISED = True
+    SHARES_ROWS = True
     cfg: CoreConfig
 
     def run(self) -> Findings:
@@ -54,13 +56,13 @@ class Core(Eval):
         centre = torch.tensor(stats.sum, dtype=torch.float64, device=self.device) / stats.n
         measured = (
             self._measure(x, document, resamples, centre)
-            for x, document in zip(
-                self.batches(), documents.split(self.cfg.batch_size), strict=True
-            )
+            for x, document in zip(self.batches(), self.ours(documents), strict=True)
         )
         quality, firing, rows = reduce(
             lambda a, b: (a[0] + b[0], a[1] + b[1], a[2] + b[2]), measured
         )
+        quality, firing = joined(quality, self.mesh), joined(firing, self.mesh)
+        rows = joined(rows, self.mesh)
         samples = rows.found()
         metrics = {**_reconstruction(quality), **_others(samples, quality.n), **_sparsity(firing)}
         metrics = _with_intervals(metrics, samples, len(resamples.documents))
@@ -103,7 +105,9 @@ class Core(Eval):
                 cfg.ce_tokens,
                 shown.advance,
                 kl=("sae",),
+                part=(self.mesh.data_rank, self.mesh.data),
             )
+        losses = joined_losses(losses, self.mesh)
         n = losses["clean"].ce.n
         if n == 0:
             raise CacheError(
@@ -148,10 +152,9 @@ class Core(Eval):
                 f"{self.cache.url} has no rows in its train split, and mean ablation takes its "
                 "mean from there; harvest more documents, or ce_tokens=0 to leave the model out"
             )
-        parts = (
-            self.cache.rows(self.hook, some) for some in torch.split(index, self.cfg.batch_size)
-        )
+        parts = (self.cache.rows(self.hook, some) for some in self.ours(index))
         total = sum((x.double().sum(0) for x in parts), torch.zeros(self.sae.d_in).double())
+        total = self.mesh.reduce(total, "data")
         return (total / len(index)).float().to(self.device)
 
 

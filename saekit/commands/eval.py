@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalArgs(ConfigArgs):
-    """Evaluate a sparse autoencoder on a cache, by default on documents that training never saw."""
+    """Evaluate a sparse autoencoder on a cache, by default on documents that training never saw.
+    The processes of torchrun share the rows, where an evaluation can be shared: core."""
 
     sae: Path
     """Folder of the SAE: a run, or one of another tool's (then name the cache and the hook)."""
@@ -27,15 +28,23 @@ class EvalArgs(ConfigArgs):
 
 
 def run(argv: list[str]) -> None:
+    from saekit.activations_cache.job import resolve_device
     from saekit.activations_cache.store import ActivationCache
     from saekit.commands import _eval_all
+    from saekit.distributed import connect, disconnect, place
     from saekit.evals import _kinds
     from saekit.evals._base import evaluate
     from saekit.interop import load
     from saekit.results import RESULTS
 
+    rank, ranks = place()
     name, argv = choice(argv, "eval", "NAME", [*_kinds.names(), "all"])
     if name == "all":
+        if ranks > 1:
+            raise ConfigError(
+                f"'saekit eval all' runs in one process, and there are {ranks}: start it without "
+                "torchrun, or one evaluation that several processes share, such as core"
+            )
         _eval_all.run(argv)
         return
     argv, given = toml(argv)
@@ -44,7 +53,19 @@ def run(argv: list[str]) -> None:
     sae = load(args.sae)
     cache = cache_of(args.sae) if args.cache is None else ActivationCache.open(args.cache)
     out = args.out or args.sae / RESULTS
-    result = evaluate(name, sae, cache, hook=args.hook, config=args.config, out=out, progress=True)
+    result = evaluate(
+        name,
+        sae,
+        cache,
+        hook=args.hook,
+        config=args.config,
+        out=out,
+        progress=rank == 0,
+        mesh=connect((ranks, 1), resolve_device(args.config.device)),
+    )
+    disconnect()
+    if rank > 0:
+        return
     print_metrics(result)
     print(f"{out / name}.json\nNext: saekit report {args.sae}, or saekit dashboard {args.sae}")
 

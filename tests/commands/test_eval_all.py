@@ -275,3 +275,12 @@ def test_runs_are_compared_by_command(
     )
     assert written(*runs) == before
     assert main(["report"]) == 2
+
+
+def test_several_processes_are_refused(
+    runs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    code, _, err = eval_all(capsys, "--sae", runs[0])
+    assert code == 2 and "runs in one process, and there are 3: start it without torchrun" in err
