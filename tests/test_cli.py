@@ -230,6 +230,34 @@ def test_the_processes_of_torchrun_share_a_harvest(
     assert ActivationCache.open(tmp_path / "c").manifest.ranks == 2
 
 
+def test_the_processes_of_torchrun_take_the_runs_of_a_sweep_in_turn(
+    tiny_cache: ActivationCache,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sweep = tmp_path / "sweep.toml"
+    sweep.write_text(
+        f'cache = "{tiny_cache.url}"\nhook = "resid_post.0"\nd_sae = 24\nn_tokens = 400\n'
+        "batch_size = 100\n[[run]]\nkind = 'topk'\nk = [2, 3, 4]\n"
+    )
+    assert run(capsys, "train", sweep, "--out", tmp_path / "one")[0] == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, runs in (("0", ["topk-k2", "topk-k4"]), ("1", ["topk-k2", "topk-k3", "topk-k4"])):
+        monkeypatch.setenv("RANK", rank)
+        code, _, err = run(capsys, "train", sweep, "--out", tmp_path / "two")
+        assert code == 0, err
+        assert sorted(path.name for path in (tmp_path / "two").iterdir()) == runs
+    for name in runs:
+        one, two = (checkpoint.load(tmp_path / where / name) for where in ("one", "two"))
+        assert checkpoint.fingerprint(one) == checkpoint.fingerprint(two)
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    monkeypatch.setenv("RANK", "3")
+    code, out, _ = run(capsys, "train", sweep, "--out", tmp_path / "five")
+    assert code == 0 and "rank 3 of 5 has no run to train" in out
+    assert not (tmp_path / "five").exists()
+
+
 @pytest.mark.parametrize(("rank", "ranks"), [("2", "2"), ("1", None), ("0", "0"), ("x", "2")])
 def test_a_process_number_that_cannot_be_is_refused(
     rank: str,
