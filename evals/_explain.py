@@ -38,7 +38,7 @@ def by_rules(
         told(1)
         rule = rules.best(made)
         if rule is not None:
-            said = rule.fires(scoring.tokens).any(axis=1)
+            said = np.logical_or.reduce(rule.fires(scoring.tokens), axis=1)
             score, n = balanced_accuracy(said, scoring.positive) or (None, 0)
             found[latent.index] = Explanation(rule.text, by="rules", detection=score, n=n)
     return found

@@ -183,6 +183,7 @@ class Answers:
 
     async def _one(self, client: httpx.AsyncClient, body: dict[str, Any]) -> str:
         url = f"{self.endpoint.url.rstrip('/')}/chat/completions"
+        why = ""
         for number in range(1, _TRIES + 1):
             try:
                 response = await client.post(url, json=body)

@@ -49,7 +49,7 @@ class Rule:
     before: Bool[ndarray, " vocab_1"] | None = None
 
     def fires(self, tokens: Int[ndarray, "context pos"]) -> Bool[ndarray, "context pos"]:
-        fires = tokens != NOTHING
+        fires: Bool[ndarray, "context pos"] = tokens != NOTHING
         if self.on is not None:
             fires &= self.on[tokens]
         if self.after is not None:

@@ -19,7 +19,9 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from saekit.errors import ConfigError, SaekitError, first_line
 from saekit.watch import Watch
@@ -259,8 +261,8 @@ def connect(
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         # The watch comes first, and names who is late.
         timeout = timedelta(seconds=2 * stall_seconds)
-        store = next(iter(dist.rendezvous("env://", timeout=timeout)))[0]
-        store = dist.PrefixStore(agreed(store, rank, ranks, stall_seconds), store)
+        store = next(iter(rendezvous("env://", timeout=timeout)))[0]
+        store = PrefixStore(agreed(store, rank, ranks, stall_seconds), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
     grid = init_device_mesh(device.type, shape, mesh_dim_names=("data", "latent"))
     groups: dict[Axis, Any] = {
@@ -271,7 +273,7 @@ def connect(
     return Mesh(*shape, rank, groups, Watch(rank, ranks, stall_seconds))
 
 
-def agreed(store: dist.Store, rank: int, ranks: int, seconds: float) -> str:
+def agreed(store: Store, rank: int, ranks: int, seconds: float) -> str:
     """A name for this start of all processes, the same in each and never used before.
 
     torchrun keeps one store over its restarts, and no number in its environment is the same on
@@ -307,7 +309,7 @@ def agreed(store: dist.Store, rank: int, ranks: int, seconds: float) -> str:
     return name
 
 
-def _said(store: dist.Store, key: str) -> str:
+def _said(store: Store, key: str) -> str:
     return str(store.get(key), "ascii") if store.check([key]) else ""
 
 

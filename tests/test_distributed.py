@@ -3,14 +3,14 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from saekit.distributed import agreed
 from saekit.errors import SaekitError
 
 
 def test_each_start_has_a_name_of_its_own_in_one_store() -> None:
-    store = dist.HashStore()
+    store = HashStore()
     names = []
     for _ in range(3):
         # As after a restart by torchrun: what the ended processes said is still in the store.
@@ -22,7 +22,7 @@ def test_each_start_has_a_name_of_its_own_in_one_store() -> None:
 
 
 def test_who_does_not_start_is_named() -> None:
-    store = dist.HashStore()
+    store = HashStore()
     with ThreadPoolExecutor(2) as pool:
         two = [pool.submit(agreed, store, rank, 3, 0.2) for rank in (0, 1)]
         assert two[1].result() != ""

@@ -219,6 +219,7 @@ def test_stability(random_sae: SAE, tiny_cache: ActivationCache, tmp_path: Path)
     assert 5 < len(a) <= 7 and 3 < len(b) <= 5
     n, m = len(a), len(b)
     expected = {"alive_share": n / 40, "vs1_alive": m}
+    unfound: list[list[list[float]]] = []
     for sign in ("signed", "abs"):
         size = abs if sign == "abs" else float
         table = [[size(dot(p, q)) for q in b] for p in a]
