@@ -12,7 +12,6 @@ from saekit.dashboard.data import Run
 from saekit.errors import SaekitError
 from saekit.explanations import Explanation
 from saekit.files import write_json
-from saekit.results import RESULTS
 
 FILE = "notes.json"
 LONGEST = 10_000
@@ -59,4 +58,4 @@ def labels(run: Run) -> dict[int, str]:
 
 def explained(run: Run) -> dict[int, Explanation]:
     """The same with their scores."""
-    return explanations.read(run.path / RESULTS, run.fingerprint)
+    return explanations.read(run.path, run.fingerprint)

@@ -220,9 +220,9 @@ def _neighbours(store: FeatureStore, latent: Latent) -> None:
                 on_select=_pick,
                 selection_mode=["single-row", "single-cell"],
                 column_config={
-                    "latent": st.column_config.NumberColumn(format="%d", width=60),
-                    what: st.column_config.NumberColumn(format="%.3f", width=65),
-                    "density": st.column_config.NumberColumn(format="%.3g%%", width=75),
+                    "latent": st.column_config.NumberColumn(format="%d", width=50),
+                    what: st.column_config.NumberColumn(format="%.2f", width=50),
+                    "density": st.column_config.NumberColumn(format="%.2g%%", width=55),
                 },
                 height=35 * (len(near) + 1) + 3,
             )

@@ -1,4 +1,4 @@
-"""Explanations of latents and their scores, written to `results/explanations.json`.
+"""Explanations of latents and their scores, as `saekit.explanations` keeps them.
 
 A score is taken on documents that the explanation was not made from: see `balanced_accuracy`.
 """

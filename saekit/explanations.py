@@ -1,4 +1,4 @@
-"""What latents are said to respond to, with scores, in `results/explanations.json`.
+"""What latents are said to respond to, with scores, in the run's `explanations.json`.
 
 `saekit features explain` writes it, or anybody by hand: `{"explanations": {"5": "wolves"}}`.
 """
@@ -33,10 +33,10 @@ class Explanation:
     """Contexts that `detection` is over."""
 
 
-def read(results: Path, sae_fingerprint: str | None = None) -> dict[int, Explanation]:
+def read(run: Path, sae_fingerprint: str | None = None) -> dict[int, Explanation]:
     """All explanations, by latent; nothing where there are none. Raises SaekitError for a file that
     is damaged, or of other weights than those of the fingerprint."""
-    path = results / FILE
+    path = run / FILE
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         found = {int(latent): _one(value) for latent, value in values["explanations"].items()}
@@ -53,17 +53,16 @@ def read(results: Path, sae_fingerprint: str | None = None) -> dict[int, Explana
     return found
 
 
-def keep(results: Path, found: Mapping[int, Explanation], sae_fingerprint: str) -> Path:
+def keep(run: Path, found: Mapping[int, Explanation], sae_fingerprint: str) -> Path:
     """Write explanations beside those of other latents; returns the file. What explained other
     weights is given up."""
-    path = results / FILE
-    results.mkdir(parents=True, exist_ok=True)
-    with FileLock(results / f".{FILE}.lock"):
+    path = run / FILE
+    with FileLock(run / f".{FILE}.lock"):
         known: dict[int, Explanation] = {}
         if path.exists():
             values = json.loads(path.read_text(encoding="utf-8"))
             if values.get("sae_fingerprint") in (None, sae_fingerprint):
-                known = read(results)
+                known = read(run)
         known |= found
         entries = {str(latent): asdict(known[latent]) for latent in sorted(known)}
         write_json(path, {"sae_fingerprint": sae_fingerprint, "explanations": entries})

@@ -70,8 +70,7 @@ def run(argv: list[str]) -> None:
     from saekit.progress import bar
     from saekit.results import RESULTS
 
-    results = args.run / RESULTS
-    store = FeatureStore.open(results)
+    store = FeatureStore.open(args.run / RESULTS)
     sae = checkpoint.load(args.run)
     fingerprint = checkpoint.fingerprint(sae)
     _explain.check_store(store, fingerprint, args.run)
@@ -82,13 +81,13 @@ def run(argv: list[str]) -> None:
         with bar("explain", len(latents)) as shown:
             found = _explain.by_rules(store, latents, halves, shown.advance)
     else:
-        answers = _answers(args, results)
+        answers = _answers(args)
         asking = _explain.ByModel(store, latents, halves, answers, args.seed)
         if not _agreed(args, asking.cost()):
             return
         with bar("ask", 3 * len(asking.asked)) as shown:
             found = asking.run(shown.advance)
-    path = explanations.keep(results, found, fingerprint)
+    path = explanations.keep(args.run, found, fingerprint)
     _show(found, len(latents))
     print(f"{path}\nNext: saekit dashboard {args.run}")
 
@@ -99,12 +98,12 @@ def _densest(store: "FeatureStore", n: int | None) -> list[int]:
     return [int(latent) for latent in order[: int((density > 0).sum())][:n]]
 
 
-def _answers(args: ExplainArgs, results: Path) -> "Answers":
+def _answers(args: ExplainArgs) -> "Answers":
     from saekit.evals._explain_endpoint import Answers, Endpoint
 
     assert args.endpoint is not None and args.model is not None
     endpoint = Endpoint(url=args.endpoint, model=args.model, concurrency=args.concurrency)
-    return Answers(results / ANSWERS, endpoint, send=not args.replay)
+    return Answers(args.run / ANSWERS, endpoint, send=not args.replay)
 
 
 def _agreed(args: ExplainArgs, cost: Any) -> bool:

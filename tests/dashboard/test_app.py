@@ -90,13 +90,14 @@ def test_an_explanation_is_shown_with_its_scores_and_searched(
     hostile_run: Path, browse: Browse
 ) -> None:
     one = Explanation("wolves <b>", by="m", detection=0.75, n=8)
-    explanations.keep(hostile_run / "results", {1: one}, "f" * 64)
+    explanations.keep(hostile_run, {1: one}, "f" * 64)
     app = browse(hostile_run, latent="1")
     assert "wolves &lt;b&gt;" in html_of(app)
     assert "detection 0.75" in html_of(app) and "fuzzing" not in html_of(app)
+    assert "cannot be read" not in messages(browse(hostile_run, screen="evals"))
     app = browse(hostile_run, latent="0", query="WOLVES", where="label or note")
     assert latents(app) == [1]
-    explanations.keep(hostile_run / "results", {1: one}, "a" * 64)
+    explanations.keep(hostile_run, {1: one}, "a" * 64)
     assert "explains weights" in messages(browse(hostile_run, latent="1"))
 
 

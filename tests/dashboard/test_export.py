@@ -28,7 +28,7 @@ def store(run: Run) -> FeatureStore:
 
 def label(run: Run, texts: dict[str, str]) -> None:
     explained = {"explanations": texts}
-    (run.path / "results" / "explanations.json").write_text(json.dumps(explained))
+    (run.path / "explanations.json").write_text(json.dumps(explained))
 
 
 def test_a_page_shows_everything_of_its_latents_as_text(run: Run, store: FeatureStore) -> None:

@@ -42,7 +42,7 @@ def run(hostile_run: Path, tmp_path: Path) -> Path:
     for kind in (".json", ".safetensors"):
         shutil.copy(core.with_suffix(kind), core.with_name(f"{NAME}{kind}"))
     explained = {"explanations": {"0": HOSTILE}}
-    (run / "results" / "explanations.json").write_text(json.dumps(explained))
+    (run / "explanations.json").write_text(json.dumps(explained))
     _notes.keep(run, 0, text=HOSTILE, star=True)
     return run
 

@@ -308,7 +308,7 @@ def test_the_command_explains_by_rules_and_then_by_a_model(
     copy: Path, model: Model, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_command(str(copy), "--n-random", "40") == 0
-    found = explanations.read(copy / "results", checkpoint.fingerprint(load(copy)))
+    found = explanations.read(copy, checkpoint.fingerprint(load(copy)))
     assert len(found) > 50 and {one.by for one in found.values()} == {"rules"}
     scores = [one.detection for one in found.values() if one.detection is not None]
     assert np.mean(scores) > 0.6, "the tiny model's latents follow its few words"
@@ -321,32 +321,32 @@ def test_the_command_explains_by_rules_and_then_by_a_model(
     assert "Nothing was sent" in said and not model.bodies
     assert run_command(*told, "--yes") == 0
     assert len(model.bodies) == 6
-    first = explanations.read(copy / "results")
+    first = explanations.read(copy)
     assert (first[3].text, first[3].by) == ("the word cat", "m")
     assert first[3].detection is not None and first[3].fuzzing is not None
     assert first[5].by == "rules", "those of other latents stay"
     model.server.shutdown()
-    (copy / "results" / explanations.FILE).unlink()
+    (copy / explanations.FILE).unlink()
     assert run_command(*told, "--replay") == 0
-    replayed = explanations.read(copy / "results")
+    replayed = explanations.read(copy)
     assert replayed == {3: first[3], 7: first[7]}
     assert run_command(*told[:-2], "--latents", "9", "--replay") == 1
 
 
 def test_explanations_of_other_weights_are_refused(copy: Path) -> None:
     one = {3: explanations.Explanation("x", by="rules")}
-    explanations.keep(copy / "results", one, "a" * 64)
-    assert explanations.read(copy / "results", "a" * 64) == one
+    explanations.keep(copy, one, "a" * 64)
+    assert explanations.read(copy, "a" * 64) == one
     with pytest.raises(SaekitError, match="explains weights aaaaaaaaaaaa"):
-        explanations.read(copy / "results", "b" * 64)
+        explanations.read(copy, "b" * 64)
     two = {4: explanations.Explanation("y")}
-    explanations.keep(copy / "results", two, "b" * 64)
-    assert explanations.read(copy / "results", "b" * 64) == two
-    (copy / "results" / explanations.FILE).write_text('{"explanations": {"5": "by hand"}}')
-    assert explanations.read(copy / "results", "b" * 64)[5].text == "by hand"
-    (copy / "results" / explanations.FILE).write_text("[")
+    explanations.keep(copy, two, "b" * 64)
+    assert explanations.read(copy, "b" * 64) == two
+    (copy / explanations.FILE).write_text('{"explanations": {"5": "by hand"}}')
+    assert explanations.read(copy, "b" * 64)[5].text == "by hand"
+    (copy / explanations.FILE).write_text("[")
     with pytest.raises(SaekitError, match="cannot be read"):
-        explanations.read(copy / "results")
+        explanations.read(copy)
 
 
 def test_an_endpoint_without_a_model_is_refused(copy: Path) -> None:
