@@ -71,7 +71,9 @@ def _told(run: Run) -> tuple[dict[int, Note], dict[int, Explanation]]:
 def _header(
     run: Run, store: FeatureStore, latent: Latent, found: ndarray, note: Note, *, writable: bool
 ) -> None:
-    row = st.container(horizontal=True, vertical_alignment="bottom", gap="xsmall")
+    row = st.container(
+        horizontal=True, vertical_alignment="bottom", gap="xsmall", key="latent-header"
+    )
     row.markdown(f"### Latent {latent.index}", width="stretch")
     row.button(
         "",

@@ -145,13 +145,13 @@ def _few(reading: Reading, at: int) -> str:
 
 
 def _fires(run: Run, reading: Reading, at: int) -> None:
-    before, number, after = st.columns([1, 2, 1], vertical_alignment="bottom")
-    before.button("", icon=":material/chevron_left:", on_click=_step, args=(at - 1,),
-                  disabled=at == 0, key="before", help="Token before", width="stretch")  # fmt: skip
     last = len(reading.tokens) - 1
-    number.number_input("Token", 0, last, step=1, key="at", label_visibility="collapsed")
-    after.button("", icon=":material/chevron_right:", on_click=_step, args=(at + 1,),
-                 disabled=at == last, key="after", help="Next token", width="stretch")  # fmt: skip
+    row = st.container(horizontal=True, vertical_alignment="bottom", gap="xsmall")
+    row.button("", icon=":material/chevron_left:", on_click=_step, args=(at - 1,),
+               disabled=at == 0, key="before", help="Token before")  # fmt: skip
+    row.number_input("Token", 0, last, step=1, key="at", label_visibility="collapsed")
+    row.button("", icon=":material/chevron_right:", on_click=_step, args=(at + 1,),
+               disabled=at == last, key="after", help="Next token")  # fmt: skip
     st.html(_render.token_html(reading.tokens, at))
     if not reading.text[at]:
         say("A special token: the SAE does not read it, and it is left as it is.")
@@ -165,16 +165,15 @@ def _fires(run: Run, reading: Reading, at: int) -> None:
         say("No latent fires on this token.")
     fires_on = _latents.fires_on(run, [latent for latent, _ in active[:N_LATENTS]])
     for (latent, value), tokens in zip(active[:N_LATENTS], fires_on, strict=True):
-        name, shown, shade, steer = st.columns([3, 5, 1, 1], vertical_alignment="center")
-        name.button(f"{latent}", key=f"open-{latent}", on_click=go_to, args=("feature",),
-                    kwargs={"latent": latent}, help="Open this latent",
-                    width="stretch")  # fmt: skip
-        shown.html(_render.fires_html(value, tokens))
-        shade.button("", icon=":material/format_color_fill:", key=f"shade-{latent}",
-                     on_click=_shade, args=(latent,), help="Where else it fires here")  # fmt: skip
-        steer.button("", icon=":material/tune:", key=f"steer-{latent}", on_click=go_to,
-                     args=("steer",), help="Steer with it",
-                     kwargs={"changes": (Change(latent, "set", round(2 * value, 2)),)})  # fmt: skip
+        row = st.container(horizontal=True, vertical_alignment="center", gap="xsmall")
+        row.button(f"{latent}", key=f"open-{latent}", on_click=go_to, args=("feature",),
+                   kwargs={"latent": latent}, help="Open this latent", width=84)  # fmt: skip
+        row.html(_render.fires_html(value, tokens))
+        row.button("", icon=":material/format_color_fill:", key=f"shade-{latent}",
+                   on_click=_shade, args=(latent,), help="Where else it fires here")  # fmt: skip
+        row.button("", icon=":material/tune:", key=f"steer-{latent}", on_click=go_to,
+                   args=("steer",), help="Steer with it",
+                   kwargs={"changes": (Change(latent, "set", round(2 * value, 2)),)})  # fmt: skip
     if len(active) > N_LATENTS:
         st.caption(f"and {len(active) - N_LATENTS} weaker ones")
 
