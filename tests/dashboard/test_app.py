@@ -256,3 +256,65 @@ def test_an_address_that_cannot_be_is_answered(
     app = browse(hostile_run, **address)
     assert "Its default is shown" in messages(app)
     assert next(iter(address.values())) in messages(app)
+
+
+OF_FEATURES = pytest.mark.parametrize("screen", ["features", "feature"])
+
+
+@OF_FEATURES
+def test_without_a_store_the_way_to_it_is_said(
+    screen: str, hostile_run: Path, browse: Browse
+) -> None:
+    shutil.rmtree(hostile_run / "results" / "features")
+    app = browse(hostile_run, screen=screen)
+    assert "no feature store" in messages(app)
+    assert app.button(key="build").disabled, "it may not write"
+    assert "saekit features build" in "\n".join(code.value for code in app.code)
+    assert not browse("--write", hostile_run, screen=screen).button(key="build").disabled
+
+
+@OF_FEATURES
+def test_a_run_in_training_has_no_features_yet(
+    screen: str, hostile_run: Path, browse: Browse
+) -> None:
+    shutil.rmtree(hostile_run / "results")
+    (hostile_run / "config.json").unlink()
+    app = browse("--write", hostile_run, screen=screen)
+    assert "Training has to end first." in [caption.value for caption in app.caption]
+    assert not [button for button in app.button if button.key == "build"]
+
+
+@OF_FEATURES
+@pytest.mark.parametrize("file", ["features.json", "contexts-00000.parquet", "vocab.parquet"])
+def test_a_broken_store_is_named(file: str, screen: str, hostile_run: Path, browse: Browse) -> None:
+    (hostile_run / "results" / "features" / file).write_bytes(b"{")
+    app = browse(hostile_run, screen=screen)
+    assert file in messages(app) and "cannot be read" in messages(app)
+    assert "saekit features build" in "\n".join(code.value for code in app.code)
+
+
+@OF_FEATURES
+def test_a_dead_latent_is_called_dead(screen: str, hostile_run: Path, browse: Browse) -> None:
+    app = browse(hostile_run, screen=screen, latent="2", show="all")
+    assert "is dead" in app.info[0].value
+
+
+@OF_FEATURES
+def test_features_of_an_sae_of_unknown_origin_are_shown(
+    screen: str, hostile_run: Path, browse: Browse
+) -> None:
+    (hostile_run / "config.toml").unlink()
+    config = hostile_run / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"provenance": None}))
+    app = browse(hostile_run, screen=screen, latent="1")
+    assert "### Latent 1" in [text.value for text in app.markdown]
+
+
+@pytest.mark.parametrize("file", ["notes.json", "explanations.json"])
+def test_broken_notes_are_named_and_the_latent_is_shown(
+    file: str, hostile_run: Path, browse: Browse
+) -> None:
+    (hostile_run / file).write_text("[")
+    app = browse(hostile_run, screen="feature", latent="1")
+    assert f"{file} cannot be read" in messages(app)
+    assert "### Latent 1" in [text.value for text in app.markdown]
