@@ -23,9 +23,14 @@ def in_contexts(store: FeatureStore, wanted: str) -> Bool[ndarray, " d_sae"]:
     """Latents in whose strongest contexts the text lies; it is given in lower case (casefold)."""
     tokens = store.top_tokens
     flat, width = tokens.reshape(-1), tokens.shape[1]
-    hits = places([text.casefold() for text in store.vocab], flat, wanted)
+    search = _Search([text.casefold() for text in store.vocab], flat, wanted)
     found = np.zeros(store.d_sae, dtype=bool)
-    found[hits // width] = True
+    # Of a short text there may be millions of places: only the latents are asked for.
+    mask, some = search.whole(), max(1, _AT_ONCE // width)
+    if mask.any():
+        for at in range(0, store.d_sae, some):
+            found[at : at + some] = mask[tokens[at : at + some]].any(axis=1)
+    found[search.across() // width] = True
     return found
 
 
@@ -33,7 +38,8 @@ def places(
     vocab: Sequence[str], flat: UInt[ndarray, " place"], wanted: str
 ) -> Int[ndarray, " hit"]:
     """Places of the tokens in which the text begins. `flat` has len(vocab) at empty places."""
-    return _Search(vocab, flat, wanted).hits()
+    search = _Search(vocab, flat, wanted)
+    return np.unique(np.concatenate([search.where(search.whole()), search.across()]))
 
 
 class _Search:
@@ -43,17 +49,21 @@ class _Search:
         for token, text in enumerate(vocab):
             self.by_first[text[:1]].append(token)
 
-    def hits(self) -> Int[ndarray, " hit"]:
-        whole = [token for token, text in enumerate(self.vocab) if self.wanted in text]
-        hits = [self._where(self._mask(whole))]
+    def whole(self) -> Bool[ndarray, " vocab_1"]:
+        """Tokens in which all of the text lies."""
+        return self._mask([token for token, text in enumerate(self.vocab) if self.wanted in text])
+
+    def across(self) -> Int[ndarray, " hit"]:
+        """Places of tokens that the text begins in and runs out of."""
+        hits = [np.zeros(0, dtype=np.int64)]
         if begins := self._begins():
             every = [token for some in begins.values() for token in some]
-            start = self._where(self._mask(every))
+            start = self.where(self._mask(every))
             of = self.flat[start]
             for length, some in begins.items():
                 first = start[self._mask(some)[of]]
                 hits.append(self._going_on(length, first, first))
-        return np.unique(np.concatenate(hits))
+        return np.concatenate(hits)
 
     def _begins(self) -> dict[int, list[int]]:
         """Tokens that end with a beginning of the text, by its length."""
@@ -94,7 +104,7 @@ class _Search:
         mask[tokens] = True
         return mask
 
-    def _where(self, mask: Bool[ndarray, " vocab_1"]) -> Int[ndarray, " hit"]:
+    def where(self, mask: Bool[ndarray, " vocab_1"]) -> Int[ndarray, " hit"]:
         """Places of the tokens of a mask, some at a time to spare memory."""
         if not mask.any():
             return np.zeros(0, dtype=np.int64)
