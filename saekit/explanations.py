@@ -36,37 +36,37 @@ class Explanation:
 def read(run: Path, sae_fingerprint: str | None = None) -> dict[int, Explanation]:
     """All explanations, by latent; nothing where there are none. Raises SaekitError for a file that
     is damaged, or of other weights than those of the fingerprint."""
-    path = run / FILE
-    try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        found = {int(latent): _one(value) for latent, value in values["explanations"].items()}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise SaekitError(f"{path} cannot be read ({error}): write it again") from error
-    of = values.get("sae_fingerprint")
+    of, found = _read(run)
     if of and sae_fingerprint and of != sae_fingerprint:
         raise SaekitError(
-            f"{path} explains weights {of[:12]}..., the run now holds {sae_fingerprint[:12]}...: "
-            "write it again with `saekit features explain`"
+            f"{run / FILE} explains weights {of[:12]}..., the run now holds "
+            f"{sae_fingerprint[:12]}...: write it again with `saekit features explain`"
         )
     return found
 
 
 def keep(run: Path, found: Mapping[int, Explanation], sae_fingerprint: str) -> Path:
     """Write explanations beside those of other latents; returns the file. What explained other
-    weights is given up."""
-    path = run / FILE
+    weights is given up. Raises SaekitError where the file that is there is damaged."""
     with FileLock(run / f".{FILE}.lock"):
-        known: dict[int, Explanation] = {}
-        if path.exists():
-            values = json.loads(path.read_text(encoding="utf-8"))
-            if values.get("sae_fingerprint") in (None, sae_fingerprint):
-                known = read(run)
-        known |= found
+        of, known = _read(run)
+        known = (known if of in (None, sae_fingerprint) else {}) | dict(found)
         entries = {str(latent): asdict(known[latent]) for latent in sorted(known)}
-        write_json(path, {"sae_fingerprint": sae_fingerprint, "explanations": entries})
-    return path
+        write_json(run / FILE, {"sae_fingerprint": sae_fingerprint, "explanations": entries})
+    return run / FILE
+
+
+def _read(run: Path) -> tuple[str | None, dict[int, Explanation]]:
+    """Which weights are explained, where that is said, and the explanations."""
+    path = run / FILE
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found = {int(latent): _one(value) for latent, value in values["explanations"].items()}
+        return values.get("sae_fingerprint"), found
+    except FileNotFoundError:
+        return None, {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise SaekitError(f"{path} cannot be read ({error}): mend it, or move it away") from error
 
 
 def _one(value: Any) -> Explanation:

@@ -60,6 +60,13 @@ for product in bench.jsonl cache/manifest.json mixed/manifest.json run/sae.safet
   must_exist "$product"
 done
 
+run saekit features explain run --n-random 64
+run saekit features export run --format csv --out features.csv
+run saekit dashboard run --export site
+for product in run/explanations.json features.csv site/index.html; do
+  must_exist "$product"
+done
+
 sed -n '/^```toml/,/^```/p' "$readme" | grep -v '^```' >sweep.toml
 run saekit train sweep.toml
 must_exist sweep/jumprelu/sae.safetensors

@@ -347,6 +347,8 @@ def test_explanations_of_other_weights_are_refused(copy: Path) -> None:
     (copy / explanations.FILE).write_text("[")
     with pytest.raises(SaekitError, match="cannot be read"):
         explanations.read(copy)
+    with pytest.raises(SaekitError, match="cannot be read"):
+        explanations.keep(copy, one, "a" * 64)
 
 
 def test_an_endpoint_without_a_model_is_refused(copy: Path) -> None:
