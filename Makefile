@@ -25,6 +25,7 @@ check: $(VENV)/.dev  ## Formatting, lint, and both type checkers
 	$(BIN)/mypy
 	$(BIN)/pyright
 
+# The variable keeps the theme from printing what it thinks of a coming version of mkdocs.
 docs: $(VENV)/.docs  ## Build the documentation into site/, to be read without a network (site/index.html)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 

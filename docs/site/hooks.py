@@ -40,6 +40,7 @@ _FOLDERS |= {"Python": "api/", "Decisions": "adr/"}
 
 _sources = tempfile.TemporaryDirectory(prefix="saekit-docs-")
 _found: set[str] = set()
+_FETCHED = re.compile(r'<(?:script|img|iframe|link)\b[^>]*\s(?:src|href)="(?:https?:)?//[^"]*"')
 
 
 @event_priority(100)  # before the reference's plugin looks
@@ -103,6 +104,13 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 def on_page_content(html: str, **_: Any) -> str:
     _found.update(re.findall(r'id="(saekit\.[\w.]+)"', html))
     return html
+
+
+def on_post_page(output: str, page: Page, **_: Any) -> str:
+    """Raises PluginError where a page would fetch something over the network."""
+    if fetched := _FETCHED.search(output):
+        raise PluginError(f"{page.file.src_uri} needs a network: {fetched[0]}")
+    return output
 
 
 def on_post_build(config: MkDocsConfig) -> None:
