@@ -7,6 +7,7 @@ from textwrap import fill
 from unittest import mock
 
 from saekit import cli
+from saekit.commands import features
 from saekit.evals import _kinds as evaluations
 from saekit.trainers import _kinds as kinds
 
@@ -19,7 +20,7 @@ def variants() -> dict[str, list[str]]:
     return {
         "train": kinds.names(),
         "eval": [*evaluations.names(), "all"],
-        "features": ["build"],
+        "features": list(features.PARTS),
         "plan": ["--gpus=8"],
     }
 
@@ -31,7 +32,8 @@ def uses() -> dict[str, list[list[str]]]:
 
 
 def pages() -> dict[str, str]:
-    """Markdown by page."""
+    """Markdown by page. Raises RuntimeError where a command takes one of several words that
+    `variants` does not know."""
     # Brackets would be links.
     there = {name: line.replace("[", "\\[") for name, line in cli.commands().items()}
     lines = [f"| [`saekit {name}`]({name}.md) | {line} |\n" for name, line in there.items()]
@@ -43,6 +45,8 @@ def pages() -> dict[str, str]:
     for name, (first, *others) in uses().items():
         line = there[name]
         text = f"# saekit {name}\n\n{line[:1].upper()}{line[1:]}.\n\n{_fenced(first)}"
+        if " is one of: " in text and not others:
+            raise RuntimeError(f"saekit {name} takes one of several words: add it to variants()")
         for words in others:
             text += f"\n## saekit {' '.join(words)}\n\n{_fenced(words)}"
         made[f"cli/{name}.md"] = text
