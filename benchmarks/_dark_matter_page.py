@@ -5,16 +5,13 @@ A figure of a line is a list: a value, and where it has one the ends of its 95 %
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
+from _lines import DOCS, Line, Results, markdown
 from _svg import COLOURS, Panel, Series, chart
 
-Line = dict[str, Any]
-Results = dict[str, list[Line]]
 Value = Sequence[float]
 
-DOCS = Path(__file__).parent.parent / "docs"
 NAME = "dark_matter"
 
 HALF, NORM, SAME, FLAT, SLIGHT = (0.4, 0.6), 0.9, 0.5, (0.9, 1.1), 0.1
@@ -44,11 +41,6 @@ def text(value: Value | None, digits: int = 3) -> str:
         return "–"
     ends = f" [{value[1]:.{digits}f}, {value[2]:.{digits}f}]" if len(value) == 3 else ""
     return f"{value[0]:.{digits}f}{ends}"
-
-
-def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [columns, ("---",) * len(columns), *rows]
-    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
 
 
 def how(results: Results) -> str:

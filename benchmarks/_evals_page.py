@@ -1,11 +1,7 @@
 """Tables of the evaluations: beside SAELens's own (docs/peers.md), and what each costs
 (evals/README.md). Standard library only."""
 
-from collections.abc import Sequence
-from typing import Any
-
-Line = dict[str, Any]
-Results = dict[str, list[Line]]
+from _lines import Line, Results, markdown, newest
 
 SAME = {
     "explained_variance": "ev",
@@ -33,18 +29,6 @@ _WHY = {
     "kl_div_with_sae": "a window's last token counts, where ours counts those that the loss has",
 }
 """Of what SAELens's number is, by `sae_lens/evals.py` of 6.54.12, where it is another."""
-
-
-def newest(lines: list[Line], *key: str) -> list[Line]:
-    found: dict[tuple[Any, ...], Line] = {}
-    for line in lines:
-        found[tuple(str(line.get(field)) for field in key)] = line
-    return list(found.values())
-
-
-def markdown(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    lines = [columns, ("---",) * len(columns), *rows]
-    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
 
 
 def agreement(results: Results) -> str:

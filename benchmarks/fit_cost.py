@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from table import END, RESULTS, load, markdown, newest
+from _lines import END, RESULTS, load, markdown, newest
 
 from saekit.cost import FILE, Figures, Training, quickest
 from saekit.files import write_json

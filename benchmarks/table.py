@@ -7,64 +7,33 @@ The newest line of each case is shown. Standard library only; where plotly and k
 installed, main also draws docs/step_grow.svg. The figures of docs/dark_matter.md need neither.
 """
 
-import json
 import statistics
-from collections.abc import Callable, Sequence
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import _dark_matter_page
 import _evals_page
-
-FOLDER = Path(__file__).parent
-RESULTS = FOLDER / "results"
-DOCS = FOLDER.parent / "docs"
-END = "<!-- end -->\n"
-
-Line = dict[str, Any]
-
-
-def begin(name: str) -> str:
-    return f"<!-- {name}: made by benchmarks/table.py -->\n"
-
-
-def load(results: Path = RESULTS) -> dict[str, list[Line]]:
-    """Lines of each file of results, oldest first."""
-    return {
-        path.stem: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        for path in sorted(results.glob("*.jsonl"))
-    }
-
-
-def newest(lines: list[Line], *key: str) -> list[Line]:
-    """Of the lines that agree in these fields the last, in the order in which they first came."""
-    found: dict[tuple[Any, ...], Line] = {}
-    for line in lines:
-        found[tuple(line.get(field) for field in key)] = line
-    return list(found.values())
-
-
-def hardware(line: Line) -> str:
-    # A line of a GPU machine may be of its CPU.
-    on_gpu = str(line.get("device", "")).startswith("cuda")
-    return str(line["gpu"]) if on_gpu else f"{line['cpu']}, {line['cores']} cores"
-
-
-def markdown(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    lines = [columns, ("---",) * len(columns), *rows]
-    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
-
-
-def _spread(line: Line) -> str:
-    return f"{line['ratio']:.2f} ({line['ratio_min']:.2f} to {line['ratio_max']:.2f})"
+import _kernels_page
+from _lines import (
+    DOCS,
+    END,
+    Line,
+    Results,
+    begin,
+    cell,
+    hardware,
+    load,
+    markdown,
+    named,
+    newest,
+    spread,
+)
 
 
 def _growth(line: Line) -> str:
     return "" if line.get("growth_mib") is None else f"{line['growth_mib']:,.0f}"
 
 
-def harvest(results: dict[str, list[Line]]) -> str:
+def harvest(results: Results) -> str:
     lines = [line for line in results.get("harvest", []) if line["op"] == "harvest"]
     of = ("model", "device", "gpu", "cpu", "cores", "hooks", "dtype", "file_system", "tokens")
     rows = [
@@ -76,7 +45,7 @@ def harvest(results: dict[str, list[Line]]) -> str:
             f"{line['bare_tokens_per_s']:,}",
             f"{line['disk_tokens_per_s']:,}, {line['file_system']}",
             f"{line['tokens_per_s']:,}",
-            _spread(line),
+            spread(line),
             f"{_of_the_slower(line):.2f}",
             f"{line['stages']['into memory']['ratio']:.2f}" if line.get("stages") else "",
             f"{line['bare_growth_mib']:,.0f}, {_growth(line)}, {line['memory_mib']:,.0f}"
@@ -109,19 +78,19 @@ def _of_the_slower(line: Line) -> float:
     return float(line["tokens_per_s"] / min(line["bare_tokens_per_s"], line["disk_tokens_per_s"]))
 
 
-def text_to_disk(results: dict[str, list[Line]]) -> str:
+def text_to_disk(results: Results) -> str:
     lines = [line for line in results.get("harvest", []) if line["op"] == "text to disk"]
     shown = newest(lines, "impl", "hooks", "device", "gpu", "cpu", "cores")
     rows = [
         (
-            _named(line),
+            named(line),
             hardware(line),
             f"{line['hooks']} in {line['passes']}" if "passes" in line else str(line["hooks"]),
             line["dtype"] or "",
             f"{line['tokens_per_s']:,}" if "seconds" in line else "no",
             f"{line['mb_per_s']:,.1f}" if line.get("bytes") else "",
             _growth(line),
-            _cell(line["refused"]),
+            cell(line["refused"]),
         )
         for line in sorted(shown, key=lambda line: line["hooks"])
     ]
@@ -129,35 +98,24 @@ def text_to_disk(results: dict[str, list[Line]]) -> str:
     return markdown((*columns, "memory MiB, rise", "what it refused"), rows)
 
 
-def reader(results: dict[str, list[Line]]) -> str:
+def reader(results: Results) -> str:
     lines = [line for line in results.get("reader", []) if line["op"] == "read"]
     key = ("impl", "order", "epoch", "split", "dtype", "given_as", "device", "gpu", "cpu", "cores")
     rows = [
         (
-            _named(line),
+            named(line),
             hardware(line),
             line["order"],
             line["epoch"],
             f"{line.get('dtype') or ''} as {line['given_as']}",
             f"{line['mb_per_s']:,.0f}" if "mb_per_s" in line else "no",
             f"{line['plain_mb_per_s']:,.0f}, {line['page_cache']}" if "ratio" in line else "",
-            _spread(line) if "ratio" in line else _cell(line.get("refused")),
+            spread(line) if "ratio" in line else cell(line.get("refused")),
         )
         for line in newest(lines, *key, "page_cache")
     ]
     columns = ("tool", "on", "order", "epoch", "rows", "MB/s", "plain read MB/s, page cache")
     return markdown((*columns, "ratio"), rows)
-
-
-def _named(line: Line) -> str:
-    name = str(line["impl"])
-    versions: dict[str, str] = line.get("peer_versions") or line["versions"]
-    version = versions.get(name.replace("_", "-"))
-    return name if version is None else f"{name} {version}"
-
-
-def _cell(text: str | None) -> str:
-    return (text or "").replace("|", "\\|")
 
 
 # How a figure of a trained SAE is called, and its decimals.
@@ -173,10 +131,10 @@ _FIGURES = {
 }
 
 
-def trained(experiment: str, data: str) -> Callable[[dict[str, list[Line]]], str]:
+def trained(experiment: str, data: str) -> Callable[[Results], str]:
     """The runs of an experiment on some data: means over seeds, and standard deviations."""
 
-    def table(results: dict[str, list[Line]]) -> str:
+    def table(results: Results) -> str:
         lines = [
             line
             for line in results.get("kinds", [])
@@ -184,7 +142,7 @@ def trained(experiment: str, data: str) -> Callable[[dict[str, list[Line]]], str
             and line["experiment"] == experiment
             and line["data"].startswith(data)
         ]
-        groups: dict[str, list[Line]] = {}
+        groups: Results = {}
         for line in newest(lines, "impl", "key", "seed"):
             groups.setdefault(f"{line['impl']} {line['key']}", []).append(line)
         shown = [name for name in _FIGURES if any(name in line for line in lines)]
@@ -192,7 +150,7 @@ def trained(experiment: str, data: str) -> Callable[[dict[str, list[Line]]], str
             shown.remove("tokens_per_s")
         rows = [
             (
-                group[0]["kind"] if group[0]["impl"] == "saekit" else _named(group[0]),
+                group[0]["kind"] if group[0]["impl"] == "saekit" else named(group[0]),
                 _options(group[0]),
                 str(len(group)),
                 *(_mean([line[name] for line in group], name) for name in shown),
@@ -216,7 +174,7 @@ def _mean(values: list[float], name: str) -> str:
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):,.{digits}f}"
 
 
-def step(results: dict[str, list[Line]]) -> str:
+def step(results: Results) -> str:
     lines = [line for line in results.get("train", []) if line["op"] == "step"]
     rows = [
         (
@@ -227,7 +185,7 @@ def step(results: dict[str, list[Line]]) -> str:
             f"{line['tokens_per_s']:,}",
             f"{1e3 * line['seconds']['median']:,.0f}",
             f"{1e3 * line['plain_seconds']['median']:,.0f}",
-            _spread(line),
+            spread(line),
         )
         for line in newest(lines, "kind", "device", "gpu", "cpu", "d_in", "d_sae", "precision")
     ]
@@ -235,7 +193,7 @@ def step(results: dict[str, list[Line]]) -> str:
     return markdown((*columns, "plain PyTorch ms", "times as fast"), rows)
 
 
-def together(results: dict[str, list[Line]]) -> str:
+def together(results: Results) -> str:
     lines = [line for line in results.get("train", []) if line["op"] == "together"]
     rows = [
         (
@@ -244,7 +202,7 @@ def together(results: dict[str, list[Line]]) -> str:
             f"{line['d_in']}, {line['d_sae']}, {line['batch']}",
             f"{line['seconds']['median']:,.1f}",
             f"{line['apart_seconds']['median']:,.1f}",
-            _spread(line),
+            spread(line),
         )
         for line in newest(lines, "kind", "device", "gpu", "cpu", "d_in", "d_sae", "precision")
     ]
@@ -252,7 +210,7 @@ def together(results: dict[str, list[Line]]) -> str:
     return markdown((*columns, "times as fast"), rows)
 
 
-def layers(results: dict[str, list[Line]]) -> str:
+def layers(results: Results) -> str:
     """How alike the ITDA dictionaries of two models' layers are."""
     lines = [line for line in results.get("kinds", []) if line["op"] == "jaccard"]
     rows = [
@@ -269,214 +227,13 @@ def layers(results: dict[str, list[Line]]) -> str:
     return markdown(("jitter", "layer", *hooks, "its own is nearest"), rows)
 
 
-_STEPS = ("topk step", "batch_topk step")
-_CASE = ("hardware", "d_in", "d_sae", "k", "batch")
-
-
-def fused_step(results: dict[str, list[Line]]) -> str:
-    """Steps by every implementation, and what did not run."""
-    lines = [line for line in _step_lines(results) if line["op"] in _STEPS]
-    rows = [
-        (
-            _sizes(line),
-            line["op"].removesuffix(" step"),
-            _cell(", ".join(filter(None, (line["impl"], line["variant"])))),
-            *_figures_of(line),
-        )
-        for line in newest(lines, *_CASE, "op", "impl", "variant")
-    ]
-    columns = ("shape", "kind", "step", "ms (least to most)", "tokens/s", "peak GiB")
-    return _on(lines) + markdown((*columns, "times plain torch"), rows)
-
-
-def _step_lines(results: dict[str, list[Line]]) -> list[Line]:
-    # A check has no times.
-    return [line for line in results.get("step", []) if "ms" in line]
-
-
-def _on(lines: list[Line]) -> str:
-    """What the lines of a table were measured on."""
-    if not lines:
-        return ""
-    found = dict.fromkeys(
-        f"{line.get('hardware') or line['gpu']}, torch {line['versions']['torch']}"
-        for line in lines
-    )
-    return f"On {'; '.join(found)}.\n\n"
-
-
-def _sizes(line: Line) -> str:
-    sizes = f"{line['d_in']:,} x {line['d_sae']:,}, k {line['k']}, batch {line['batch']:,}"
-    return f"{line['shape']}: {sizes}" if line["shape"] else sizes
-
-
-def _figures_of(line: Line) -> tuple[str, str, str, str]:
-    if line["ms"] is None:
-        return f"no: {_cell(line['error'])}", "", "", ""
-    return (
-        f"{line['ms']:.2f} ({line['ms_min']:.2f} to {line['ms_max']:.2f})",
-        f"{line['tokens_per_s']:,}",
-        f"{line['peak_gib']:.1f}" if "peak_gib" in line else "",
-        f"{line['ratio']:.2f}" if "ratio" in line else "",
-    )
-
-
-def pursuit(results: dict[str, list[Line]]) -> str:
-    """Training steps of matching pursuit."""
-    lines = [line for line in results.get("pursuit", []) if line.get("part") == "step"]
-    rows = [
-        (
-            f"{line['shape']}: {line['d_in']:,} x {line['d_sae']:,}, {line['steps']} atoms",
-            line["way"],
-            f"{line['batch_size']:,}",
-            f"{line['ms']['median']:,.1f} ({line['ms']['min']:,.1f} to {line['ms']['max']:,.1f})",
-            f"{line['tokens_per_s']:,}",
-            f"{line['peak_gib']:.2f}",
-            f"{line['mib_per_token']:.2f}",
-        )
-        for line in newest(lines, "gpu", "shape", "way", "batch_size", "dtype")
-    ]
-    columns = ("shape", "scores", "batch", "ms (least to most)", "tokens/s", "peak GiB")
-    return _on(lines) + markdown((*columns, "MiB a token"), rows)
-
-
-def growth(results: dict[str, list[Line]]) -> str:
-    """A fused step against latents, k and rows, beside the two floors."""
-    lines = _grown(results)
-    rows = [
-        (
-            line["variant"],
-            f"{line['d_sae']:,}",
-            str(line["k"]),
-            f"{line['batch']:,}",
-            f"no: {_cell(line['error'])}" if line["ms"] is None else f"{line['ms']:.2f}",
-            f"{line['matmul_ms']:.2f}" if line.get("matmul_ms") else "",
-            f"{line['adam_ms']:.2f}",
-            f"{line['peak_gib']:.1f}" if "peak_gib" in line else "",
-        )
-        for line in lines
-    ]
-    columns = ("against", "latents", "k", "batch", "ms", "product alone, ms", "Adam alone, ms")
-    return _on(lines) + _picture() + markdown((*columns, "peak GiB"), rows)
-
-
-def _grown(results: dict[str, list[Line]]) -> list[Line]:
-    lines = [line for line in _step_lines(results) if line["op"] == "grow"]
-    shown = newest(lines, *_CASE, "variant")
-    return sorted(
-        shown, key=lambda line: (line["hardware"], line["variant"], line[line["variant"]])
-    )
-
-
-PLOT = DOCS / "step_grow.svg"
-
-
-def _picture() -> str:
-    if not PLOT.exists():
-        return ""
-    return "![A fused step against latents, k and rows](../../docs/step_grow.svg)\n\n"
-
-
-def draw(results: dict[str, list[Line]]) -> bool:
-    """Whether `growth` was drawn: not without lines, nor without plotly and what it writes with."""
-    lines = [line for line in _grown(results) if line["ms"] is not None]
-    if not lines or not all(find_spec(name) for name in ("plotly", "kaleido")):
-        return False
-    from plotly import graph_objects
-    from plotly.subplots import make_subplots
-
-    series = list(dict.fromkeys(line["variant"] for line in lines))
-    figure = make_subplots(1, len(series), shared_yaxes=True)
-    shown = {"ms": "fused step", "matmul_ms": "product alone", "adam_ms": "Adam alone"}
-    for number, name in enumerate(series, 1):
-        those = [line for line in lines if line["variant"] == name]
-        for key, label in shown.items():
-            trace = graph_objects.Scatter(
-                x=[line[name] for line in those],
-                y=[line.get(key) for line in those],
-                name=label,
-                legendgroup=label,
-                showlegend=number == 1,
-                line={
-                    "color": dict(zip(shown, ("#1f77b4", "#888888", "#d62728"), strict=True))[key]
-                },
-            )
-            figure.add_trace(trace, 1, number)
-        figure.update_xaxes(type="log", title=name, row=1, col=number)
-    figure.update_yaxes(type="log", title="ms", col=1)
-    figure.update_yaxes(type="log")
-    figure.write_image(PLOT, width=360 * len(series), height=360)
-    return True
-
-
-def most_latents(results: dict[str, list[Line]]) -> str:
-    """How many latents fit one card."""
-    lines = [line for line in _step_lines(results) if line["op"] == "largest"]
-    rows = [
-        (
-            _cell(", ".join(filter(None, (line["impl"], line["variant"])))),
-            f"{line['d_in']:,}, k {line['k']}, batch {line['batch']:,}",
-            f"{line['d_sae']:,}",
-            f"{line['peak_gib']:.1f}",
-            _cell(line["stopped_by"]),
-        )
-        for line in newest(lines, "hardware", "d_in", "k", "batch", "impl", "variant")
-    ]
-    columns = ("step", "width and rows", "latents", "peak GiB", "what stopped the next")
-    return _on(lines) + markdown(columns, rows)
-
-
-LAST = 0.25
-"""Share of a run, its end, over which losses are compared."""
-
-
-def equivalence(results: dict[str, list[Line]]) -> str:
-    """By how much a run's loss at last is above that of the eager run of its seed."""
-    of = ("data", "kind", "d_in", "d_sae", "k", "batch_size", "steps")
-    lines = newest(results.get("equivalence", []), *of, "variant", "seed")
-    base = {
-        (*(line[field] for field in of), line["seed"]): _ending(line)
-        for line in lines
-        if line["variant"] == "eager, float32"
-    }
-    groups: dict[tuple[Any, ...], list[tuple[float, Line]]] = {}
-    for line in lines:
-        case = tuple(line[field] for field in of)
-        against = base.get((*case, line["seed"]))
-        if against is not None and line["variant"] != "eager, float32":
-            off = 100 * (_ending(line) / against - 1)
-            groups.setdefault((*case, line["variant"]), []).append((off, line))
-    rows = []
-    for (data, kind, d_in, d_sae, k, batch, steps, variant), found in groups.items():
-        offs = [off for off, _ in found]
-        dead = statistics.mean(line["dead"] for _, line in found)
-        rows.append(
-            (
-                f"{data}, {kind}",
-                f"{d_in}, {d_sae:,}, {k}, {batch:,}",
-                f"{steps:,}",
-                variant,
-                str(len(offs)),
-                f"{statistics.mean(offs):+.3f} ({min(offs):+.3f} to {max(offs):+.3f})",
-                f"{100 * dead:.2f}",
-            )
-        )
-    columns = ("on", "d_in, latents, k, batch", "steps", "run", "seeds", "loss off by %", "dead %")
-    return markdown(columns, rows)
-
-
-def _ending(line: Line) -> float:
-    losses: list[float] = line["loss"]
-    return statistics.mean(losses[-max(1, round(LAST * len(losses))) :])
-
-
-def interop(results: dict[str, list[Line]]) -> str:
+def interop(results: Results) -> str:
     """What was checked against other tools, by version."""
     rows = [
         (
             _peer(line),
             line["way"],
-            _cell(line["case"]),
+            cell(line["case"]),
             "" if line.get("z") is None else f"{line['z']:.1e}",
             "" if line.get("x_hat") is None else f"{line['x_hat']:.1e}",
             _outcome(line),
@@ -494,13 +251,13 @@ def _peer(line: Line) -> str:
 
 def _outcome(line: Line) -> str:
     if line.get("refused"):
-        return f"refused: {_cell(line['refused'])}"
-    return "agrees" if line["passed"] else f"**differs** {_cell(line.get('error'))}"
+        return f"refused: {cell(line['refused'])}"
+    return "agrees" if line["passed"] else f"**differs** {cell(line.get('error'))}"
 
 
 KERNELS = "../saekit/kernels/README.md"
 EVALS = "../evals/README.md"
-PAGES: dict[str, dict[str, Callable[[dict[str, list[Line]]], str]]] = {
+PAGES: dict[str, dict[str, Callable[[Results], str]]] = {
     "interop.md": {"interop": interop},
     "peers.md": {
         "harvest": harvest,
@@ -532,17 +289,11 @@ PAGES: dict[str, dict[str, Callable[[dict[str, list[Line]]], str]]] = {
     },
     "dark_matter.md": _dark_matter_page.TABLES,
     EVALS: {"cost": _evals_page.cost},
-    KERNELS: {
-        "step": fused_step,
-        "pursuit": pursuit,
-        "growth": growth,
-        "largest": most_latents,
-        "equivalence": equivalence,
-    },
+    KERNELS: _kernels_page.TABLES,
 }
 
 
-def with_tables(page: str, name: str, results: dict[str, list[Line]]) -> str:
+def with_tables(page: str, name: str, results: Results) -> str:
     """The text of a page of this name with its tables made anew."""
     for title, table in PAGES[name].items():
         before, rest = page.split(begin(title))
@@ -553,7 +304,7 @@ def with_tables(page: str, name: str, results: dict[str, list[Line]]) -> str:
 
 def main() -> None:
     results = load()
-    draw(results)
+    _kernels_page.draw(results)
     _dark_matter_page.draw(results)
     for name in PAGES:
         path = DOCS / name

@@ -97,12 +97,12 @@ def test_of_a_step_the_newest_line_counts_and_failures_are_shown(tables: ModuleT
     checked = case | {"check": {}}
     lines = [checked, case | times | {"ms": 9.0}, case | failed, case | times]
     results = {"step": [*lines, case | times | grown, case | most]}
-    table = tables.fused_step(results)
+    table = tables._kernels_page.fused_step(results)
     assert table.startswith("On G, torch 9.\n")
     assert "| topk | fused, graph | 1.00 (0.50 to 2.00) | 4,000 |  | 3.00 |" in table
     assert "9.00" not in table and "| peer, 1.0 | no: out of memory |" in table
-    assert "| k | 16 | 2 | 4 | 1.00 | 0.20 | 0.10 |  |" in tables.growth(results)
-    assert "| 16 | 1.5 | out of memory |" in tables.most_latents(results)
+    assert "| k | 16 | 2 | 4 | 1.00 | 0.20 | 0.10 |  |" in tables._kernels_page.growth(results)
+    assert "| 16 | 1.5 | out of memory |" in tables._kernels_page.most_latents(results)
 
 
 def test_a_run_is_compared_with_the_eager_one_of_its_seed(tables: ModuleType) -> None:
@@ -113,7 +113,7 @@ def test_a_run_is_compared_with_the_eager_one_of_its_seed(tables: ModuleType) ->
         for seed, base in ((0, 1.0), (1, 2.0))
         for variant, off in (("eager, float32", 0), ("fused, bfloat16", 0.01 * (seed + 1)))
     ]
-    table = tables.equivalence({"equivalence": lines})
+    table = tables._kernels_page.equivalence({"equivalence": lines})
     assert "| 80 | fused, bfloat16 | 2 | +1.500 (+1.000 to +2.000) | 50.00 |" in table
     assert table.count("\n") == 3
 
