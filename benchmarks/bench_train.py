@@ -198,7 +198,7 @@ def main() -> None:
                 line["kind"],
                 line["op"],
                 f"{1e3 * line['seconds']['median']:,.0f}",
-                f"{1e3 * line.get('plain_seconds', line.get('apart_seconds'))['median']:,.0f}",
+                f"{1e3 * (line.get('plain_seconds') or line['apart_seconds'])['median']:,.0f}",
                 f"{line['ratio']:.2f}",
             )
             for line in lines
