@@ -100,9 +100,7 @@ def spliced_losses(
     """
     losses = dict.fromkeys(("clean", *edits), Losses())
     left, (which, parts) = n_tokens, part
-    for number, some in enumerate(_batched(windows, len(model.vocab))):
-        if left <= 0:
-            break
+    for number, some in enumerate(_batched(_needed(windows, n_tokens), len(model.vocab))):
         batch = _Batch.of(some, left, str(model.device))
         left -= len(batch.document)
         if number % parts != which:
@@ -136,7 +134,7 @@ def token_losses(
     Raises CacheError where the model's activations at the hook are not those of the cache.
     """
     left = n_tokens
-    for some in _batched(windows, len(model.vocab)):
+    for some in _batched(_needed(windows, n_tokens), len(model.vocab)):
         batch = _Batch.of(some, left, str(model.device))
         seen: list[Tensor] = []
         logits = model.logits(batch.ids, {hook: recording(seen)})[batch.scored]
@@ -149,6 +147,15 @@ def token_losses(
         advance(len(target))
         if left <= 0:
             break
+
+
+def _needed(windows: Iterator[Window], n_tokens: int) -> Iterator[Window]:
+    """Up to the window of the last position to score."""
+    for window in windows:
+        if n_tokens <= 0:
+            return
+        yield window
+        n_tokens -= int(window.keep[:-1].sum())
 
 
 def _batched(windows: Iterator[Window], vocab: int) -> Iterator[list[Window]]:

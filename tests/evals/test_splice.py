@@ -96,6 +96,14 @@ def test_the_first_tokens_count_however_many_windows_run_at_once(
     assert one["zero"].kl.value == pytest.approx(many["zero"].kl.value, rel=1e-5)
 
 
+def test_no_window_beyond_the_last_token_runs(tiny_cache: ActivationCache) -> None:
+    every = list(tiny_cache.windows("test"))
+    scored = [int(window.keep[:-1].sum()) for window in every]
+    assert scored[0] > 1
+    for n, expected in ((0, 0), (1, 1), (scored[0], 1), (scored[0] + 1, 2), (10_000, len(every))):
+        assert len(list(_splice._needed(iter(every), n))) == expected
+
+
 def test_an_edit_sees_exactly_the_kept_activations_of_the_cache(
     model: LanguageModel, tiny_cache: ActivationCache
 ) -> None:
