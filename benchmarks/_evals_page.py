@@ -86,6 +86,12 @@ def _apart(line: Line, name: str, ours: str) -> str:
     return f"{min(found):.1g}" if found else ""
 
 
+def _each(line: Line) -> float:
+    """Seconds of CPU, or where a GPU did the work of the clock, for one of what is counted."""
+    taken = "seconds" if str(line["device"]).startswith("cuda") else "cpu_seconds"
+    return float(line[taken]) / float(line["count"])
+
+
 def cost(results: Results) -> str:
     """Of each evaluation; "growth" is how time grew from the count before, per token: 1 is
     linear."""
@@ -97,7 +103,7 @@ def cost(results: Results) -> str:
         same = before is not None and before["case"] == line["case"]
         grown = ""
         if before is not None and same and before["device"] == line["device"]:
-            each = line["seconds"] / line["count"] / (before["seconds"] / before["count"])
+            each = _each(line) / _each(before)
             grown = f"{each:.2f}"
         on_gpu = str(line["device"]).startswith("cuda")
         rows.append(
@@ -106,11 +112,13 @@ def cost(results: Results) -> str:
                 line["gpu"] if on_gpu else f"{line['cpu']}, {line['cores']} cores",
                 f"{line['count']:,} {line['unit']}",
                 f"{line['seconds']:,.1f}",
+                f"{line['cpu_seconds']:,.1f}",
                 f"{line['count'] / line['seconds']:,.0f}",
                 grown,
                 "" if line["growth_mib"] is None else f"{line['growth_mib']:,.0f}",
                 "" if line["gpu_mib"] is None else f"{line['gpu_mib']:,.0f}",
             )
         )
-    columns = ("evaluation", "on", "count", "seconds", "a second", "growth", "memory MiB, rise")
+    columns = ("evaluation", "on", "count", "seconds", "of CPU, all cores", "a second")
+    columns = (*columns, "growth", "memory MiB, rise")
     return markdown((*columns, "GPU memory MiB, peak"), rows)

@@ -179,8 +179,12 @@ class Comparison:
         design, and its numbers stand beside the others to be read, not to be ranked."""
         return [one for one in self.subjects if not one.untrained] or self.subjects
 
+    def aside(self, subject: Subject) -> bool:
+        """Whether it is there to be read beside the others, not to be ranked among them."""
+        return subject not in self._compared
+
     def _is_best(self, subject: Subject, column: Column) -> bool:
-        if column.eval in self.incomparable or subject not in self._compared:
+        if column.eval in self.incomparable or self.aside(subject):
             return False
         others = [one for one in self._compared if one is not subject]
         metrics = [m for one in others if (m := number(one.results, column))]
@@ -196,7 +200,7 @@ class Comparison:
             f"Numbers of `{name}` do not compare, and none is marked best: {reason}."
             for name, reason in self.incomparable.items()
         ]
-        if aside := [one.name for one in self.subjects if one not in self._compared]:
+        if aside := [one.name for one in self.subjects if self.aside(one)]:
             notes.append(
                 f"Of an untrained model, as a control: {', '.join(aside)}. Its activations are "
                 "others, so that its numbers are never marked; what it scores is there without "

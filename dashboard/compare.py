@@ -29,6 +29,9 @@ from saekit.results import EvalResult, Metric
 
 FORMAT, VERSION = "saekit-comparison", 1
 
+UNTRAINED_CONTROL = "untrained model"
+"""What an SAE of an untrained model is called in plots, beside SAEs of a trained one."""
+
 SPARSITY = ("k", "target_l0", "budget", "steps", "l1_coef", "l0_coef", "kl_coef")
 """Keys of training configs that set how many latents fire, the first that is there."""
 
@@ -176,7 +179,9 @@ def _points(comparison: Comparison, name: str, key: str) -> list[Point]:
     l0, column = COLUMNS[0], next(c for c in COLUMNS if (c.eval, c.key) == (name, key))
     points = []
     for subject in comparison.subjects:
-        for control, results in ((None, subject.results), *subject.controls.items()):
+        # Far from all others where little is lost by any ablation, it may not set the scale.
+        own = UNTRAINED_CONTROL if comparison.aside(subject) else None
+        for control, results in ((own, subject.results), *subject.controls.items()):
             x, y = number(results, l0), number(results, column)
             if x and y and x.value > 0:
                 points.append(Point(subject.number, subject.name, x.value, y, control))

@@ -144,6 +144,8 @@ def test_an_sae_of_an_untrained_model_stands_beside_and_is_never_best(make_run: 
     assert best(runs) == [True, False, False] and not found.incomparable
     (note,) = [note for note in found.notes if "untrained model" in note]
     assert note.startswith("Of an untrained model, as a control: untrained.")
+    points = compare._points(found, "core", "ev")
+    assert [point.control for point in points] == [None, None, "untrained model"]
     alone = [runs[2], make_run("c", ev=metric(0.8, (0.79, 0.81)))]
     assert best(alone) == [False, False]
 
