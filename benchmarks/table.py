@@ -1,5 +1,5 @@
-"""Makes the tables of docs/peers.md, docs/interop.md, docs/kinds.md, docs/dark_matter.md,
-evals/README.md and saekit/kernels/README.md from benchmarks/results/:
+"""Makes the tables of docs/browser.md, docs/peers.md, docs/interop.md, docs/kinds.md,
+docs/dark_matter.md, evals/README.md and saekit/kernels/README.md from benchmarks/results/:
 
     python benchmarks/table.py
 
@@ -244,6 +244,66 @@ def interop(results: Results) -> str:
     return markdown(columns, rows)
 
 
+def browser(results: Results) -> str:
+    lines = [line for line in results.get("dashboard", []) if "ms" in line]
+    found = newest(lines, "d_sae", "op", "cpu", "cores")
+    rows = [
+        (
+            f"{line['d_sae']:,}",
+            line["op"],
+            _ms(line["ms"]),
+            _ms(line.get("ms_done")),
+            f"{line['rss_mib']:,.0f}",
+            f"{line['peak_mib']:,.0f}",
+            hardware(line),
+        )
+        for line in found
+    ]
+    return markdown(
+        ("latents", "what", "ms, median (least to most)", "ms until all is still")
+        + ("server's memory, MiB", "most so far", "hardware"),
+        rows,
+    )
+
+
+def _ms(figures: dict[str, float] | None) -> str:
+    if figures is None:
+        return ""
+    if figures["n"] == 1:
+        return f"{figures['median']:,.0f}"
+    return f"{figures['median']:,.0f} ({figures['min']:,.0f} to {figures['max']:,.0f})"
+
+
+def store_building(results: Results) -> str:
+    lines = [line for line in results.get("dashboard", []) if line["op"] == "build"]
+    found = newest(lines, "impl", "d_sae", "tokens", "cpu", "cores")
+    return markdown(
+        (
+            "by",
+            "latents, of so many",
+            "tokens",
+            "seconds",
+            "tokens/s",
+            "ms a latent",
+            "most memory, MiB",
+        )
+        + ("hardware",),
+        [
+            (
+                line["impl"],
+                f"{line['latents']:,} of {line['d_sae']:,}",
+                f"{line['tokens']:,}",
+                f"{line['seconds']:,.1f}",
+                f"{line['tokens_per_s']:,.0f}",
+                f"{line['ms_per_latent']:.2f}",
+                f"{line['peak_mib']:,.0f}",
+                hardware(line),
+            )
+            for line in found
+        ],
+    )
+
+
 def _peer(line: Line) -> str:
     package, version = next(iter(line["peer_versions"].items()))
     return f"{package} {version}"
@@ -258,6 +318,7 @@ def _outcome(line: Line) -> str:
 KERNELS = "../saekit/kernels/README.md"
 EVALS = "../evals/README.md"
 PAGES: dict[str, dict[str, Callable[[Results], str]]] = {
+    "browser.md": {"browser": browser, "store building": store_building},
     "interop.md": {"interop": interop},
     "peers.md": {
         "harvest": harvest,

@@ -7,27 +7,15 @@ address (see `screen_address`). Nothing here writes.
 
 import sys
 from argparse import ArgumentParser
-from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import chain
 from pathlib import Path
+from types import ModuleType
 
 import streamlit as st
 
-from saekit.dashboard import (
-    _render,
-    screen_address,
-    screen_compare,
-    screen_dark_matter,
-    screen_evals,
-    screen_feature,
-    screen_features,
-    screen_live,
-    screen_parts,
-    screen_prompt,
-    screen_runs,
-    screen_steer,
-)
+from saekit.dashboard import _render, screen_address, screen_features, screen_parts
 from saekit.dashboard._folder import Folder
 from saekit.dashboard.data import Run, show_token
 from saekit.dashboard.report import facts
@@ -36,25 +24,38 @@ from saekit.errors import SaekitError
 
 @dataclass(frozen=True)
 class Screen:
+    """A screen, whose module is loaded when it is first shown: some need torch and a model."""
+
     title: str
-    show: Callable[[Folder, Run], None]
-    fields: tuple[screen_address.Field, ...] = ()
+    name: str
+
+    @property
+    def module(self) -> ModuleType:
+        return import_module(f"saekit.dashboard.{self.name}")
+
+    @property
+    def loaded(self) -> bool:
+        return f"saekit.dashboard.{self.name}" in sys.modules
+
+    @property
+    def fields(self) -> tuple[screen_address.Field, ...]:
+        found: tuple[screen_address.Field, ...] = self.module.FIELDS
+        return found
+
+    def show(self, folder: Folder, run: Run) -> None:
+        self.module.show(folder, run)
 
 
 # By their names in the address. A comment, as streamlit would show a string on the page.
 SCREENS = {
-    "runs": Screen("Runs", screen_runs.show, screen_runs.FIELDS),
-    "features": Screen(
-        "Features", lambda _, run: screen_features.show(run), screen_features.FIELDS
-    ),
-    "feature": Screen(
-        "Feature", lambda _, run: screen_features.show_one(run), screen_feature.FIELDS
-    ),
-    "prompt": Screen("Prompt", screen_prompt.show, screen_prompt.FIELDS),
-    "steer": Screen("Steer", screen_steer.show, screen_steer.FIELDS),
-    "compare": Screen("Compare", screen_compare.show, screen_compare.FIELDS),
-    "dark": Screen("Dark matter", screen_dark_matter.show, screen_dark_matter.FIELDS),
-    "evals": Screen("Evals", screen_evals.show, screen_evals.FIELDS),
+    "runs": Screen("Runs", "screen_runs"),
+    "features": Screen("Features", "screen_features"),
+    "feature": Screen("Feature", "screen_one_feature"),
+    "prompt": Screen("Prompt", "screen_prompt"),
+    "steer": Screen("Steer", "screen_steer"),
+    "compare": Screen("Compare", "screen_compare"),
+    "dark": Screen("Dark matter", "screen_dark_matter"),
+    "evals": Screen("Evals", "screen_evals"),
 }
 
 
@@ -78,7 +79,10 @@ def main(arguments: list[str]) -> None:
         screen_address.Field("screen", "runs", screen_address.one_of(*SCREENS)),
         screen_address.Field("run", folder.names[0]),
     )
-    fields = [*shell, *chain.from_iterable(screen.fields for screen in SCREENS.values())]
+    # A screen that was never loaded has left nothing that an address could change.
+    asked = st.query_params.get("screen")
+    there = (each.fields for name, each in SCREENS.items() if each.loaded or name == asked)
+    fields = [*shell, *chain.from_iterable(there)]
     refused = screen_address.follow(fields)
     screen_address.begin(shell)
     screen = SCREENS[_navigation()]
@@ -96,7 +100,7 @@ def main(arguments: list[str]) -> None:
         except SaekitError as error:
             screen_parts.say(error, "error")
     elif screen.title == "Runs":
-        screen_runs.table(folder)
+        screen.module.table(folder)
     screen_address.settle([*shell, *screen.fields])
     if run is not None and run.training:
         _watch(run.path, _state(run.path))
@@ -105,7 +109,7 @@ def main(arguments: list[str]) -> None:
 def _paths(arguments: list[str]) -> list[str]:
     """The arguments without the options, which the screens that take them read."""
     parser = ArgumentParser(add_help=False)
-    for option in (screen_live.MODEL, screen_live.HOOK):
+    for option in (screen_parts.MODEL, screen_parts.HOOK):
         parser.add_argument(option)
     parser.add_argument("paths", nargs="*")
     return list(parser.parse_known_args(arguments)[0].paths)

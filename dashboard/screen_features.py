@@ -19,6 +19,7 @@ from saekit.dashboard import (
     screen_feature,
     screen_parts,
 )
+from saekit.dashboard._folder import Folder
 from saekit.dashboard._notes import Note
 from saekit.dashboard.data import Run, show_token
 from saekit.dashboard.features import Query, Show, SortBy, Where
@@ -65,9 +66,9 @@ FIELDS = (
 )
 
 
-def show(run: Run) -> None:
+def show(folder: Folder, run: Run) -> None:
     """The list, and beside it the latent chosen."""
-    store = _store(run)
+    store = store_of(run)
     if store is None:
         return
     left, right = st.columns([1, 1], gap="medium")
@@ -77,7 +78,7 @@ def show(run: Run) -> None:
         if not len(found):
             screen_parts.say("No latent passes these filters; widen the search, or show all.")
             return
-        latent = _chosen(store, found)
+        latent = chosen(store, found)
         view = st.segmented_control(
             "View",
             ["table", "map"],
@@ -98,17 +99,7 @@ def show(run: Run) -> None:
         screen_feature.panel(run, store, latent, found, writable=writable())
 
 
-def show_one(run: Run) -> None:
-    """One latent, on all of the page; the arrow keys step through those listed last."""
-    store = _store(run)
-    if store is not None:
-        listed = st.session_state.get("listed")
-        found = features.select(store) if listed is None or not len(listed) else listed
-        latent = _chosen(store, found if len(found) else np.arange(store.d_sae))
-        screen_feature.panel(run, store, latent, found, writable=writable())
-
-
-def _store(run: Run) -> FeatureStore | None:
+def store_of(run: Run) -> FeatureStore | None:
     """The run's store; where it cannot be read or is not there, that and what to do is said."""
     try:
         store = run.features
@@ -251,7 +242,7 @@ def _power(key: str, label: str, steps: list[float], end: float, share: bool) ->
     return float(chosen)
 
 
-def _chosen(store: FeatureStore, found: ndarray) -> int:
+def chosen(store: FeatureStore, found: ndarray) -> int:
     """The latent to show: of this session, else of the address, else the first of the table.
 
     One that new filters leave out makes way for the first that they let in.

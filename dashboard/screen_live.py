@@ -13,14 +13,11 @@ from saekit.dashboard import _live
 from saekit.dashboard._live import Origin
 from saekit.dashboard.data import Run, show_token
 from saekit.dashboard.screen_address import Field
-from saekit.dashboard.screen_parts import lacking, say
+from saekit.dashboard.screen_parts import HOOK, MODEL, lacking, say
 from saekit.sae import SAE
 
 TEXT = Field("text", "")
 """The text that screens read; all of them have the same."""
-
-MODEL, HOOK = "--model", "--hook"
-"""Options of the app, for an SAE that does not say which model and hook it is of."""
 
 
 def model_and_sae(run: Run) -> tuple[LanguageModel, SAE, str] | None:

@@ -13,6 +13,9 @@ from streamlit.components.v2 import component
 
 from saekit.dashboard import _render, figures
 
+MODEL, HOOK = "--model", "--hook"
+"""Options of the app, for an SAE that does not say which model and hook it is of."""
+
 
 def chart(figure: Any, key: str) -> None:
     """A chart, in the colours of the page."""

@@ -74,6 +74,7 @@ def test_every_format_stands_in_its_table() -> None:
 @pytest.mark.parametrize(
     "name",
     [
+        "browser.md",
         "peers.md",
         "interop.md",
         "kinds.md",

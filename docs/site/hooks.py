@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 # Headings of the list of pages. What stands in a folder of its own, and what nobody named, is added
 # below.
 WRITTEN: dict[str, list[str]] = {
-    "Start": ["index.md", "getting_started.md", "concepts.md"],
+    "Start": ["index.md", "getting_started.md", "browser.md", "concepts.md"],
     "How to": [],
     "Guide": ["guide/activations_cache.md", "guide/trainers.md", "guide/evals.md"],
     "Metrics": ["metrics.md"],
