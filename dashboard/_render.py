@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
-from saekit.dashboard import figures, figures_compare
+from saekit import plot
 from saekit.dashboard._comparison import Comparison
 from saekit.dashboard.data import Context, Span, show_token
 from saekit.dashboard.features import InputToken
@@ -46,7 +46,7 @@ def _environment() -> Environment:
         md_context=markdown_context,
         number=number,
         percent=percent,
-        shade=figures.shade,
+        shade=plot.shade,
     )
     return environment
 
@@ -76,12 +76,12 @@ def metrics_html(metrics: Mapping[str, Metric]) -> str:
 
 def compared_html(comparison: Comparison) -> str:
     """SAEs and their controls in rows, headline numbers in columns, as an HTML table."""
-    return render("compared.html.j2", comparison=comparison, colour=figures_compare.colour)
+    return render("compared.html.j2", comparison=comparison, colour=plot.colour)
 
 
 def legend_html(names: Sequence[tuple[int, str]]) -> str:
     """Which number and colour stands for which SAE, as an HTML list."""
-    return render("legend.html.j2", names=names, colour=figures_compare.colour)
+    return render("legend.html.j2", names=names, colour=plot.colour)
 
 
 def plain_html(text: str) -> str:

@@ -14,8 +14,8 @@ import numpy as np
 from saekit.dashboard._comparison import differing, made_with
 from saekit.dashboard._folder import Folder
 from saekit.dashboard.data import LOG, Run, show_token
-from saekit.dashboard.figures_compare import Curves, Point
 from saekit.errors import SaekitError
+from saekit.plot import Curves, Point
 from saekit.results import Metric
 
 State = Literal["finished", "training", "stopped", "broken"]

@@ -21,6 +21,7 @@ from saekit.activations_cache.splice import Edit, continuation, only_at, text_po
 from saekit.dashboard._prompt import tokenize
 from saekit.dashboard.data import name_token, show_token
 from saekit.errors import SaekitError
+from saekit.plot import Next
 from saekit.sae import SAE
 
 How = Literal["set", "scale", "ablate"]
@@ -84,15 +85,6 @@ def steering(sae: SAE, changes: tuple[Change, ...], *, keep_error: bool) -> Edit
 
 def _factor(change: Change) -> float:
     return change.amount if change.how == "scale" else 0.0
-
-
-@dataclass(frozen=True)
-class Next:
-    """A next token, and how likely it is untouched and steered."""
-
-    token: str
-    clean: float
-    steered: float
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import numpy as np
 import tomli_w
 from markupsafe import Markup
 
-from saekit.dashboard import _render, data, figures, figures_compare
+from saekit import plot
+from saekit.dashboard import _render, data
 from saekit.dashboard._comparison import (
     COLUMNS,
     NONLINEAR_SHARE,
@@ -22,9 +23,9 @@ from saekit.dashboard._comparison import (
     number,
 )
 from saekit.dashboard.data import quote
-from saekit.dashboard.figures_compare import Curves, Parts, Point
 from saekit.errors import SaekitError
 from saekit.files import write_json, write_text
+from saekit.plot import Curves, Parts, Point
 from saekit.results import EvalResult, Metric
 
 FORMAT, VERSION = "saekit-comparison", 1
@@ -87,14 +88,14 @@ def write_comparison(runs: Sequence[Path], out: Path) -> Path:
         "commands": commands(comparison, out),
         "evals_toml": evals_toml(comparison),
     }
-    charts = {name: Markup(figures.to_html(f, name)) for name, f in charts_of(comparison).items()}
+    charts = {name: Markup(plot.to_html(f, name)) for name, f in charts_of(comparison).items()}
     page = _render.render(
         "compare.html.j2",
         **values,
         figures=charts,
-        plotly=Markup(figures.plotly_script()),
+        plotly=Markup(plot.plotly_script()),
         style=_render.style(),
-        colour=figures_compare.colour,
+        colour=plot.colour,
     )
     write_json(out.with_suffix(".json"), as_json(comparison, commands(comparison, out)))
     write_text(out.with_suffix(".md"), _render.render("compare.md.j2", **values))
@@ -161,17 +162,17 @@ def charts_of(comparison: Comparison) -> dict[str, Any]:
     """The figures of the page, by name."""
     subjects = comparison.subjects
     charts = {
-        f"pareto-{key}": figures_compare.scatter(_points(comparison, name, key), title, y_title)
+        f"pareto-{key}": plot.scatter(_points(comparison, name, key), title, y_title)
         for name, key, title, y_title in PARETO
         if any(name in subject.results for subject in subjects)
     }
-    charts["density"] = figures_compare.densities(
+    charts["density"] = plot.densities(
         [(s.number, s.name, d) for s in subjects if (d := _density(s)) is not None]
     )
-    lives = figures_compare.lives([(s.number, s.name, _curves(s)) for s in subjects])
+    lives = plot.lives([(s.number, s.name, _curves(s)) for s in subjects])
     charts |= {f"life-{name}": figure for name, figure in lives.items()}
     if bars := parts(subjects):
-        charts["dark_matter"] = figures_compare.dark_matter(bars)
+        charts["dark_matter"] = plot.dark_matter(bars)
     return charts
 
 

@@ -196,14 +196,6 @@ class Context:
     """Share of that token's variance that the SAE leaves in the dark."""
 
 
-@dataclass(frozen=True)
-class TokenLogit:
-    """An output token and how much a latent's decoder direction raises (or lowers) its logit."""
-
-    name: str
-    logit: float
-
-
 def show_token(text: str) -> str:
     """A token inside running text: line breaks, tabs and what has no shape of its own made visible.
 

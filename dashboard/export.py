@@ -17,7 +17,8 @@ from jaxtyping import Float, Shaped
 from markupsafe import Markup
 from numpy import ndarray
 
-from saekit.dashboard import _notes, _render, features, figures
+from saekit import plot
+from saekit.dashboard import _notes, _render, features
 from saekit.dashboard.data import Context, Run, quote, show_token
 from saekit.errors import SaekitError
 from saekit.features import FeatureStore, Latent, Passage
@@ -54,7 +55,7 @@ def html_page(run: Run, store: FeatureStore, latents: Sequence[int]) -> str:
                     if some
                 ],
                 "fires_on": Markup(_render.bars_html(features.input_tokens(store, latent))),
-                "histogram": Markup(figures.histogram_svg(latent.lists["histogram"], maximum)),
+                "histogram": Markup(plot.histogram_svg(latent.lists["histogram"], maximum)),
                 "promoted": features.promoted(store, latent),
                 "suppressed": features.suppressed(store, latent),
                 "near": features.neighbours(store, latent, "near"),

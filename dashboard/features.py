@@ -19,12 +19,11 @@ from saekit.dashboard.data import (
     Context,
     Run,
     Span,
-    TokenLogit,
     name_token,
     read_result,
     show_token,
 )
-from saekit.features import FeatureStore, Kind, Latent, Passage
+from saekit.features import FeatureStore, Kind, Latent, Passage, TokenLogit
 from saekit.results import RESULTS
 
 Where = Literal["contexts", "fires on", "promotes", "label or note"]

@@ -7,7 +7,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from saekit.dashboard import _findings, _render, data, features, figures, figures_compare
+from saekit import plot
+from saekit.dashboard import _findings, _render, data, features
 from saekit.dashboard._comparison import Comparison, Subject
 from saekit.dashboard.compare import parts
 from saekit.dashboard.data import Run, quote
@@ -80,18 +81,18 @@ def write_report(run: Path, out: Path | None = None, *, n_latents: int = 24, see
         "commands": _commands(opened, subject),
         "provenance": _provenance(opened, core, subject.results),
     }
-    panels = figures.training_panels(opened.curves)
+    panels = plot.training_panels(opened.curves)
     charts = {
         **{f"training-{name}": figure for name, figure in panels.items()},
-        "density": figures.density_histogram(store.column("density")),
-        "ladder": figures.ce_ladder(core.metrics),
+        "density": plot.density_histogram(store.column("density")),
+        "ladder": plot.ce_ladder(core.metrics),
     }
     page = _render.render(
         "report.html.j2",
         **values,
         training=[f"training-{name}" for name in panels],
-        figures={name: Markup(figures.to_html(figure, name)) for name, figure in charts.items()},
-        plotly=Markup(figures.plotly_script()),
+        figures={name: Markup(plot.to_html(figure, name)) for name, figure in charts.items()},
+        plotly=Markup(plot.plotly_script()),
         style=_render.style(),
         metrics_html=Markup(_render.metrics_html(core.metrics)),
         controls=Markup(_render.compared_html(beside)) if beside else None,
@@ -136,8 +137,8 @@ def _sections(subject: Subject) -> list[Section]:
             continue
         figure = None
         if name == "dark_matter" and (bars := parts([subject])):
-            chart = figures_compare.dark_matter(bars)
-            figure = Markup(figures.to_html(chart, "dark_matter"))
+            chart = plot.dark_matter(bars)
+            figure = Markup(plot.to_html(chart, "dark_matter"))
         table = Markup(_render.metrics_html(result.metrics))
         sections.append(Section(name, measured_on(result), result.metrics, table, figure))
     return sections
@@ -179,7 +180,7 @@ def _latent(store: FeatureStore, index: int) -> dict[str, Any]:
         "maximum": maximum,
         "contexts": contexts,
         "contexts_html": Markup(_render.contexts_html(contexts, maximum)),
-        "histogram": Markup(figures.histogram_svg(latent.lists["histogram"], maximum)),
+        "histogram": Markup(plot.histogram_svg(latent.lists["histogram"], maximum)),
         "promoted": features.promoted(store, latent)[:N_LOGITS],
         "suppressed": features.suppressed(store, latent)[:N_LOGITS],
     }

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import streamlit as st
 
-from saekit.dashboard import _latents, _matched, _render, figures_live, screen_live
+from saekit import plot
+from saekit.dashboard import _latents, _matched, _render, screen_live
 from saekit.dashboard._comparison import Comparison, Subject
 from saekit.dashboard._folder import Folder
 from saekit.dashboard._matched import Matches
@@ -118,7 +119,7 @@ def _found(matches: Matches) -> None:
         "--against` puts these numbers beside theirs."
     )
     st.html(_render.plain_html(said))
-    chart(figures_live.cosines(matches.cosine), "cosines")
+    chart(plot.cosines(matches.cosine), "cosines")
 
 
 def _pairs(run: Run, matches: Matches) -> int:

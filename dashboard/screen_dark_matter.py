@@ -4,16 +4,8 @@ from pathlib import Path
 
 import streamlit as st
 
-from saekit.dashboard import (
-    _dark,
-    _findings,
-    _live,
-    _render,
-    figures,
-    figures_compare,
-    figures_live,
-    screen_live,
-)
+from saekit import plot
+from saekit.dashboard import _dark, _findings, _live, _render, screen_live
 from saekit.dashboard._comparison import Subject
 from saekit.dashboard._dark import Errors
 from saekit.dashboard._folder import Folder
@@ -52,7 +44,7 @@ def show(folder: Folder, run: Run) -> None:
     vocab = _vocab(run, errors)
     left, right = st.columns(2, gap="large")
     with left:
-        chart(figures_live.shares(errors.shares), "shares")
+        chart(plot.shares(errors.shares), "shares")
     with right:
         st.dataframe(
             _dark.hardest(errors, vocab),
@@ -85,7 +77,7 @@ def _split(run: Run) -> None:
     for column, name in zip(st.columns(max(len(shown), 1)), shown, strict=False):
         said = _render.escape_markdown(metrics[name].definition)
         column.metric(_HEADLINES[name], f"{metrics[name].value:.3f}", border=True, help=said)
-    chart(figures_compare.dark_matter(parts([Subject.of(run)])), "split")
+    chart(plot.dark_matter(parts([Subject.of(run)])), "split")
     with st.expander(f"All {len(metrics)} numbers"):
         st.html(_render.metrics_html(metrics))
 
@@ -124,7 +116,7 @@ def _document(errors: Errors, vocab: list[str]) -> None:
     with st.container(border=True, height=360):
         strip(
             [span.text for span in spans],
-            [figures.shade(span.act, errors.scale) for span in spans],
+            [plot.shade(span.act, errors.scale) for span in spans],
             [f"share {span.act:.3f}" for span in spans],
             "document-tokens",
         )

@@ -11,15 +11,8 @@ from typing import Any, Literal
 import streamlit as st
 from numpy import ndarray
 
-from saekit.dashboard import (
-    _notes,
-    _render,
-    export,
-    features,
-    figures,
-    figures_features,
-    screen_parts,
-)
+from saekit import plot
+from saekit.dashboard import _notes, _render, export, features, screen_parts
 from saekit.dashboard._notes import Note
 from saekit.dashboard.data import Run
 from saekit.dashboard.report import context_note
@@ -191,13 +184,13 @@ def _tokens_and_histogram(store: FeatureStore, latent: Latent) -> None:
         st.markdown("##### How strongly")
         maximum = latent.numbers["maximum"]
         screen_parts.chart(
-            figures.activation_histogram(latent.lists["histogram"], maximum), "histogram"
+            plot.activation_histogram(latent.lists["histogram"], maximum), "histogram"
         )
 
 
 def _logits(store: FeatureStore, latent: Latent) -> None:
     up, down = features.promoted(store, latent), features.suppressed(store, latent)
-    screen_parts.chart(figures.token_bars(up, down), "logits")
+    screen_parts.chart(plot.token_bars(up, down), "logits")
 
 
 def _neighbours(store: FeatureStore, latent: Latent) -> None:
@@ -252,7 +245,7 @@ def _heads(run: Run, latent: Latent) -> None:
     heads = features.head_shares(run)
     if heads is not None and latent.index < len(heads):
         st.markdown("##### Heads it reads, by weights")
-        screen_parts.chart(figures_features.head_bars(heads[latent.index]), "heads")
+        screen_parts.chart(plot.head_bars(heads[latent.index]), "heads")
 
 
 def _note(run: Run, index: int, note: Note, *, writable: bool) -> None:

@@ -8,13 +8,12 @@ import numpy as np
 import streamlit as st
 from numpy import ndarray
 
+from saekit import plot
 from saekit.dashboard import (
     _building,
     _notes,
     _render,
     features,
-    figures,
-    figures_features,
     screen_address,
     screen_feature,
     screen_parts,
@@ -340,15 +339,13 @@ def _pick(shown: ndarray) -> None:
 
 
 def _map(store: FeatureStore, found: ndarray, latent: int) -> None:
-    figure = figures_features.feature_map(
-        features.place_on_map(store), store.column("density"), found, latent
-    )
+    figure = plot.feature_map(features.place_on_map(store), store.column("density"), found, latent)
     if st.context.theme.type == "dark":
-        figure = figures.in_dark(figure)
+        figure = plot.in_dark(figure)
     st.plotly_chart(
         figure,
         theme=None,
-        config=figures.CONFIG | {"scrollZoom": True},
+        config=plot.CONFIG | {"scrollZoom": True},
         key="map",
         on_select=_pick_on_map,
         selection_mode="points",

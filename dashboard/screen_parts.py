@@ -11,7 +11,8 @@ from typing import Any
 import streamlit as st
 from streamlit.components.v2 import component
 
-from saekit.dashboard import _render, figures
+from saekit import plot
+from saekit.dashboard import _render
 
 MODEL, HOOK = "--model", "--hook"
 """Options of the app, for an SAE that does not say which model and hook it is of."""
@@ -20,8 +21,8 @@ MODEL, HOOK = "--model", "--hook"
 def chart(figure: Any, key: str) -> None:
     """A chart, in the colours of the page."""
     if st.context.theme.type == "dark":
-        figure = figures.in_dark(figure)
-    st.plotly_chart(figure, theme=None, config=figures.CONFIG, key=key)
+        figure = plot.in_dark(figure)
+    st.plotly_chart(figure, theme=None, config=plot.CONFIG, key=key)
 
 
 def say(text: object, kind: str = "info", commands: list[str] | tuple[str, ...] = ()) -> None:

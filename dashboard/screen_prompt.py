@@ -8,7 +8,8 @@ import numpy as np
 import streamlit as st
 from numpy import ndarray
 
-from saekit.dashboard import _latents, _prompt, _render, figures, screen_live
+from saekit import plot
+from saekit.dashboard import _latents, _prompt, _render, screen_live
 from saekit.dashboard._folder import Folder
 from saekit.dashboard._prompt import Reading
 from saekit.dashboard._steer import Change
@@ -99,7 +100,7 @@ def _tokens(reading: Reading, at: int) -> None:
         f"{i}: CE {_number(ce)}, with the SAE {_number(with_sae)}; error {_number(error)}"
         for i, (ce, with_sae, error) in enumerate(zip(*columns, strict=True))
     ]
-    shades = [figures.shade(0.0 if np.isnan(v) else float(v), most) for v in values]
+    shades = [plot.shade(0.0 if np.isnan(v) else float(v), most) for v in values]
     with st.container(border=True):
         strip(reading.tokens, shades, names, "strip", chosen=at, on_pick=_pick)
     st.dataframe(

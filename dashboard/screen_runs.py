@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 import streamlit as st
 
-from saekit.dashboard import _latents, _render, _runs, figures, figures_compare
+from saekit import plot
+from saekit.dashboard import _latents, _render, _runs
 from saekit.dashboard._folder import Folder
 from saekit.dashboard._runs import Brief
 from saekit.dashboard.data import Run, eval_command
@@ -88,7 +89,7 @@ def _pareto(briefs: Sequence[Brief]) -> None:
         label_visibility="collapsed",
     )
     points = _runs.points(briefs, key)
-    chart(figures_compare.scatter(points, *_runs.Y[key]), "pareto")
+    chart(plot.scatter(points, *_runs.Y[key]), "pareto")
     st.html(_render.legend_html([(each.number, each.shown) for each in briefs if each.metrics]))
     if reason := _runs.incomparable(briefs):
         say(reason, "warning")
@@ -108,7 +109,7 @@ def _live(folder: Folder) -> None:
 
 
 def _curves(briefs: Sequence[Brief]) -> None:
-    panels = figures_compare.lives(_runs.curves(briefs))
+    panels = plot.lives(_runs.curves(briefs))
     if not panels:
         st.caption("No run has a training log.")
     names = list(panels)
@@ -130,14 +131,14 @@ def _one(run: Run) -> None:
             column.caption(tile.aside)
         st.html(_render.plain_html(measured_on(run.core)))
     st.markdown("#### Training")
-    chart(figures.training_curves(run.curves), "training")
+    chart(plot.training_curves(run.curves), "training")
     left, right = st.columns(2, gap="large")
     density = _latents.density(run)
     if run.core is not None:
         with left:
             st.markdown("#### What the reconstruction costs the model")
-            chart(figures.ce_ladder(run.core.metrics), "ladder")
+            chart(plot.ce_ladder(run.core.metrics), "ladder")
     if density is not None:
         with right:
             st.markdown("#### How often latents fire")
-            chart(figures.density_histogram(density), "density")
+            chart(plot.density_histogram(density), "density")

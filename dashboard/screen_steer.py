@@ -5,7 +5,8 @@ from typing import Any
 
 import streamlit as st
 
-from saekit.dashboard import _latents, _render, _steer, figures_live, screen_live
+from saekit import plot
+from saekit.dashboard import _latents, _render, _steer, screen_live
 from saekit.dashboard._folder import Folder
 from saekit.dashboard._steer import HOWS, Change, Settings, Steered
 from saekit.dashboard.data import Run
@@ -181,7 +182,7 @@ def _results(steered: Steered, changes: tuple[Change, ...], settings: Settings) 
     st.markdown("#### Next token")
     if not changes and settings.keep_error:
         st.caption("Nothing is changed yet: both are the untouched model.")
-    chart(figures_live.next_tokens(steered.next_tokens), "next")
+    chart(plot.next_tokens(steered.next_tokens), "next")
     st.caption(f"KL(untouched ‖ steered) = {steered.kl:.4f} nats")
     st.markdown("#### How it goes on")
     for one in steered.continued:

@@ -168,6 +168,14 @@ class Passage:
     acts: Float[ndarray, " token"]
 
 
+@dataclass(frozen=True)
+class TokenLogit:
+    """An output token and how much a latent's decoder direction raises (or lowers) its logit."""
+
+    name: str
+    logit: float
+
+
 @dataclass(frozen=True, eq=False)
 class Latent:
     """All there is to know of one latent."""

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from saekit.dashboard import _comparison, compare, figures_compare
+from saekit.dashboard import _comparison, compare
 from saekit.dashboard._comparison import Comparison
 from saekit.dashboard.compare import write_comparison
-from saekit.dashboard.figures_compare import Point
 from saekit.dashboard.report import write_report
 from saekit.errors import SaekitError
+from saekit.plot import Point
+from saekit.plot.compare import _thinned, _ticks, _window
 from saekit.results import Control, EvalResult, Metric, Provenance
 
 Interval = tuple[float, float] | None
@@ -313,7 +314,7 @@ def test_twelve_runs_fit_into_ten_megabytes(make_run: MakeRun, tmp_path: Path) -
 def test_a_curve_is_thinned_to_values_that_are_there_and_keeps_its_end() -> None:
     x, y = np.arange(5000.0), np.arange(5000.0)
     y[::2] = np.nan
-    xs, ys = figures_compare._thinned(x, y)
+    xs, ys = _thinned(x, y)
     assert len(xs) == 400 and xs[-1] == 4999 and np.isfinite(ys).all()
     np.testing.assert_array_equal(xs, ys)
 
@@ -321,15 +322,15 @@ def test_a_curve_is_thinned_to_values_that_are_there_and_keeps_its_end() -> None
 def test_controls_far_off_do_not_crush_the_plot_and_are_counted() -> None:
     saes = [Point(i, "s", 8.0, metric(0.8 + i / 100)) for i in (1, 2)]
     near, far = (Point(1, "s", 8.0, metric(v), "pca") for v in (0.78, -5.0))
-    assert figures_compare._window([*saes, near]) == (None, 0)
-    shown, cut = figures_compare._window([*saes, near, far])
+    assert _window([*saes, near]) == (None, 0)
+    shown, cut = _window([*saes, near, far])
     assert cut == 1 and shown is not None
     assert shown[0] < 0.78 < 0.82 < shown[1]
 
 
 def test_ticks_lie_among_the_points() -> None:
     for xs in ([13.0, 16.0], [4.0, 32.0], [1.0, 1000.0], [5.0]):
-        ticks = figures_compare._ticks([Point(1, "s", x, metric(0.0)) for x in xs])
+        ticks = _ticks([Point(1, "s", x, metric(0.0)) for x in xs])
         assert 3 <= len(ticks["tickvals"]) <= 12, xs
         assert min(xs) / 1.3 < ticks["tickvals"][0] and ticks["tickvals"][-1] < max(xs) * 1.3
 

@@ -1,7 +1,5 @@
-"""Every chart of the report and the browser, in one look: plotly figures from plain numbers.
-
-Restrained on purpose: one warm colour for what is looked at, one slate for the rest, no legend
-where a title will do. Text that came from a corpus is escaped, since plotly reads labels as markup.
+"""Charts of one SAE: how training went, how often and how strongly its latents fire, what it costs
+the model; and the look of all charts.
 """
 
 import re
@@ -17,7 +15,7 @@ from numpy import ndarray
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
-from saekit.dashboard.data import TokenLogit
+from saekit.features import TokenLogit
 from saekit.results import Metric
 
 INK, MUTED, GRID = "#1f2933", "#66727f", "#e8ebee"

@@ -1,4 +1,4 @@
-"""Charts of several SAEs at once, in the look of `figures`: each SAE has one colour and one number
+"""Charts of several SAEs at once, : each SAE has one colour and one number
 throughout, so that the page needs one legend for all of them.
 
 Text from folders and configs is escaped, since plotly reads labels as markup.
@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 from numpy import ndarray
 
-from saekit.dashboard.figures import INK, MUTED, PALE, SLATE, WARM, _empty, _finish, _range, _title
+from saekit.plot.run import INK, MUTED, PALE, SLATE, WARM, _empty, _finish, _range, _title
 from saekit.results import Metric
 
 COLOURS = (

@@ -1,11 +1,11 @@
-"""Charts of the feature browser alone, in the look of `figures`."""
+"""Charts of latents: where they lie on the map, which heads they read."""
 
 import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float, Int
 from numpy import ndarray
 
-from saekit.dashboard.figures import INK, PALE, WARM, _finish
+from saekit.plot.run import INK, PALE, WARM, _finish
 
 MOST = 40_000
 """Points of the map at once: the web browser gets them all."""

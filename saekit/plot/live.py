@@ -1,6 +1,7 @@
-"""Charts of what is reckoned while somebody looks, in the look of `figures`."""
+"""Charts of what is reckoned while somebody looks: steering, errors of one text, matches."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 
 import numpy as np
@@ -8,8 +9,16 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 from numpy import ndarray
 
-from saekit.dashboard._steer import Next
-from saekit.dashboard.figures import SLATE, WARM, _clip, _empty, _finish
+from saekit.plot.run import SLATE, WARM, _clip, _empty, _finish
+
+
+@dataclass(frozen=True)
+class Next:
+    """A next token, and how likely it is untouched and steered."""
+
+    token: str
+    clean: float
+    steered: float
 
 
 def next_tokens(found: Sequence[Next]) -> go.Figure:
