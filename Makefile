@@ -11,7 +11,7 @@ PYTEST_ARGS ?= -n 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo test check docs constraints clean help
+.PHONY: demo test check docs notebooks constraints clean help
 
 demo: $(VENV)/.runtime  ## Run the whole path, text to feature browser, on the embedded model (into demo_run/)
 	$(BIN)/saekit demo --out demo_run
@@ -28,6 +28,11 @@ check: $(VENV)/.dev  ## Formatting, lint, and both type checkers
 # The variable keeps the theme from printing what it thinks of a coming version of mkdocs.
 docs: $(VENV)/.docs  ## Build the documentation into site/, to be read without a network (site/index.html)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+# NOTEBOOKS="--check 03" runs the third one and writes nothing.
+NOTEBOOKS ?=
+notebooks: $(VENV)/.dev  ## Run the notebooks from top to bottom and keep their outputs
+	$(BIN)/python notebooks/run.py $(NOTEBOOKS)
 
 # The five stamps below are what makes a second call quick: each is newer than the files it was made from.
 
@@ -81,7 +86,7 @@ constraints:  ## Write constraints.txt anew from the newest versions (TORCH=2.13
 	echo "saekit: wrote constraints.txt ($$(grep -c == constraints.txt) versions)"
 
 clean:  ## Remove caches, build products, site/ and demo_run/ (.venv stays: delete it by hand to start afresh)
-	rm -rf build dist site *.egg-info demo_run .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf build dist site *.egg-info demo_run notebooks/work .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find saekit activations_cache trainers evals dashboard tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 help:  ## Show this list

@@ -7,26 +7,34 @@ Tokens and names of documents come from a corpus, and are escaped.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from markupsafe import Markup
+
 from saekit.dashboard import _render, features
 from saekit.dashboard.data import Context, Span, show_token
 from saekit.features import FeatureStore, Kind, TokenLogit
 from saekit.results import EvalResult, Metric
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Html:
-    """A piece of a page."""
+    """A piece of a page; where none can be shown, its words."""
 
     body: str
+
+    def __repr__(self) -> str:
+        return " ".join(Markup(self.body.replace("</", " </")).striptags().split())
 
     def _repr_html_(self) -> str:
         return f"<style>{_render.style()}</style>{self.body}"
 
 
-def contexts(store: FeatureStore, latent: int, n: int = 5, kind: Kind = "top") -> Html:
-    """Where a latent fires: each token coloured by how strongly."""
+def contexts(
+    store: FeatureStore, latent: int, n: int = 5, kind: Kind = "top", group: int | None = None
+) -> Html:
+    """Where a latent fires: each token coloured by how strongly. `group` is the quantile of
+    contexts that were drawn at random, kind "sample"."""
     found = store.latent(latent)
-    shown = features.contexts(store, found, kind, limit=n)
+    shown = features.contexts(store, found, kind, group, limit=n)
     return Html(_render.contexts_html(shown, found.numbers["maximum"]))
 
 

@@ -110,6 +110,8 @@ def test_a_notebook_is_shown_with_its_outputs(site: dict[str, ModuleType], tmp_p
         output(**{"application/vnd.plotly.v1+json": figure, "text/plain": "no"}),
         output(**{"image/png": "AAAA\n"}),
         output(**{"text/plain": ["x"]}),
+        output(**{"text/html": ["<b>in\n", "line</b>"], "text/plain": "no"}),
+        output(**{"text/html": "<pre>no\n</pre>", "text/plain": "plain"}),
     ]
     cells = [
         {"cell_type": "markdown", "source": ["# Title\n", "words"]},
@@ -123,6 +125,7 @@ def test_a_notebook_is_shown_with_its_outputs(site: dict[str, ModuleType], tmp_p
     assert "````python\nprint(1)\n````" in page and "````text\n1\n2\n````" in page
     assert page.count("</script>") == 2 and '"<\\/script>"' in page and "no" not in page
     assert "data:image/png;base64,AAAA)" in page
+    assert "<div><b>inline</b></div>" in page and "````text\nplain\n````" in page
     assert site["_notebooks"].has_figures(made)
     assert site["_notebooks"].pages(tmp_path / "nowhere") == {}
 

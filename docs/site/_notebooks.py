@@ -49,6 +49,10 @@ def _output(output: dict[str, Any], name: str) -> str:
             return f"![output](data:{kind};base64,{''.join(_text(data[kind]).split())})\n"
     if "image/svg+xml" in data:
         return f"<div>{''.join(_text(data['image/svg+xml']).splitlines())}</div>\n"
+    html = _text(data.get("text/html", ""))
+    # What is preformatted hangs on its lines, and has a plain form as well.
+    if html and "<pre" not in html:
+        return f"<div>{''.join(html.splitlines())}</div>\n"
     return _verbatim(_text(data.get("text/plain", "")))
 
 

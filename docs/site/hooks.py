@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 # below.
 WRITTEN: dict[str, list[str]] = {
     "Start": ["index.md", "getting_started.md", "browser.md", "concepts.md"],
-    "How to": [],
+    "How to": ["distributed.md"],
     "Guide": ["guide/activations_cache.md", "guide/trainers.md", "guide/evals.md"],
     "Metrics": ["metrics.md"],
     "Formats": ["formats.md", "interop.md", "sae_bench.md"],

@@ -7,6 +7,7 @@ from saekit.results import Metric
 def test_text_is_coloured_by_value_and_escaped() -> None:
     html = notebook.text(["<b>", " a", "\n"], [0.0, -1.0, 2.0], "a.py")._repr_html_()
     assert "&lt;b&gt;" in html and "<b>" not in html and "↵" in html and "a.py" in html
+    assert repr(notebook.text(["<b>"], [1.0])) == "1.00 <b>"
     assert html.count('class="on') == 1 and html.startswith("<style>")
 
 
