@@ -119,6 +119,6 @@ def cost(results: Results) -> str:
                 "" if line["gpu_mib"] is None else f"{line['gpu_mib']:,.0f}",
             )
         )
-    columns = ("evaluation", "on", "count", "seconds", "of CPU, all cores", "a second")
+    columns: tuple[str, ...] = ("evaluation", "on", "count", "seconds", "of CPU, all cores", "a second")
     columns = (*columns, "growth", "memory MiB, rise")
     return markdown((*columns, "GPU memory MiB, peak"), rows)
