@@ -81,7 +81,7 @@ def scatter(points: Sequence[Point], title: str, y_title: str) -> go.Figure:
     figure.update_xaxes(title_text="L0, active latents a token (log)", type="log", **_ticks(points))
     shown, cut = _window(points)
     figure.update_yaxes(title_text=y_title, range=shown)
-    aside = f"{cut} controls are out of view" if cut else ""
+    aside = f"{cut} control{' is' if cut == 1 else 's are'} out of view" if cut else ""
     _head(figure, title, aside)
     return _finish(figure, height=320, top=36)
 
@@ -321,5 +321,7 @@ def dark_matter(bars: Sequence[Parts]) -> go.Figure:
         barmode="stack",
         showlegend=True,
         legend={"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "traceorder": "normal"},
+        # Room for what stands at a bar's end where the window is narrow.
+        margin_r=48,
     )
     return figure.update_xaxes(linecolor=PALE)
