@@ -22,6 +22,7 @@ INK, MUTED, GRID = "#1f2933", "#66727f", "#e8ebee"
 WARM, SLATE, PALE = "#d9601a", "#4a6580", "#c3ccd5"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 CONFIG = {"displaylogo": False, "displayModeBar": False, "responsive": True}
+"""How plotly shows a figure on a page of ours."""
 
 _DARK = {
     INK: "#e3e7eb",
