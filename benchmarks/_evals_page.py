@@ -119,6 +119,6 @@ def cost(results: Results) -> str:
                 "" if line["gpu_mib"] is None else f"{line['gpu_mib']:,.0f}",
             )
         )
-    columns: tuple[str, ...] = ("evaluation", "on", "count", "seconds", "of CPU, all cores", "a second")
-    columns = (*columns, "growth", "memory MiB, rise")
+    columns: tuple[str, ...] = ("evaluation", "on", "count", "seconds", "of CPU, all cores")
+    columns = (*columns, "a second", "growth", "memory MiB, rise")
     return markdown((*columns, "GPU memory MiB, peak"), rows)
