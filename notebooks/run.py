@@ -45,8 +45,9 @@ def run(path: Path, *, keep: bool) -> int:
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
         notebook,
-        # From the end of the calls: kernels of other environments may go by the same name.
+        # Jupyter's name for the interpreter that runs this.
         kernel_name="python3",
+        startup_timeout=10 * MOST_SECONDS,
         timeout=10 * MOST_SECONDS,
         resources={"metadata": {"path": str(FOLDER)}},
         record_timing=False,
