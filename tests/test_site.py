@@ -111,7 +111,7 @@ def test_a_notebook_is_shown_with_its_outputs(site: dict[str, ModuleType], tmp_p
         output(**{"image/png": "AAAA\n"}),
         output(**{"text/plain": ["x"]}),
         output(**{"text/html": ["<b>in\n", "line</b>"], "text/plain": "no"}),
-        output(**{"text/html": "<pre>no\n</pre>", "text/plain": "plain"}),
+        output(**{"text/html": "<pre>no\n</pre>", "text/plain": "\x1b[1mplain\x1b[0m"}),
     ]
     cells = [
         {"cell_type": "markdown", "source": ["# Title\n", "words"]},

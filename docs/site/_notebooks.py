@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from click import unstyle
+
 PLOTLY = "assets/plotly.min.js"
 _FIGURE = "application/vnd.plotly.v1+json"
 _PLACE = '<div class="figure"'
@@ -57,6 +59,7 @@ def _output(output: dict[str, Any], name: str) -> str:
 
 
 def _verbatim(text: str) -> str:
+    text = unstyle(text)  # of a terminal's colours
     return f"````text\n{text.rstrip()}\n````\n" if text.strip() else ""
 
 
