@@ -142,8 +142,10 @@ def percent(value: float) -> str:
 
 
 def escape_markdown(text: object) -> str:
-    """Text that Markdown (GitHub's included) shows as it is: no markup, no HTML, no table cells."""
-    return re.sub(r"([\\`*_\[\]~|$])", r"\\\1", escape(str(text), quote=False))
+    """Text that Markdown (GitHub's and Streamlit's) shows as it is: no markup, no HTML, no table
+    cells, no emoji for `:name:`, which no backslash prevents, so an invisible sign stands in it."""
+    marked = re.sub(r"([\\`*_\[\]~|$])", r"\\\1", escape(str(text), quote=False))
+    return re.sub(r":(?=[\w\\+/-]+:)", ":\N{WORD JOINER}", marked)
 
 
 def markdown_context(context: Context) -> str:

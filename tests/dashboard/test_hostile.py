@@ -51,6 +51,7 @@ def shows_text_alone(page: Page) -> None:
     """Nothing of HOSTILE or NAME became an element, and nothing turns or hides what is beside it,
     but in a box that a person writes in."""
     page.locator('[data-testid="stApp"][data-test-script-state="notRunning"]').wait_for()
+    page.wait_for_load_state("networkidle")  # Streamlit fetches what draws formulas and emoji late
     expect(page.get_by_test_id("stException")).to_have_count(0)
     assert page.locator('img[src="x"], a[href^="javascript"], .katex').count() == 0
     assert page.get_by_text("b", exact=True).locator("xpath=self::strong").count() == 0
