@@ -2,12 +2,14 @@
 
     python benchmarks/bench_train.py                     # every kind; some minutes
     python benchmarks/bench_train.py --kinds topk relu
+    python benchmarks/bench_train.py --kinds --pairs 9   # many SAEs on one reading alone
     python benchmarks/table.py                           # the page from what was written
 
 Plain PyTorch is the same trainer with the definitions of `saekit.kernels.reference` in place of the
 kernels: dense products, dense codes, autograd. Both take the same steps on the same batches in
-turn, and their losses are compared before they are timed. "Together" is `train_many` on the SAEs
-that are then trained one after the other from the same cache.
+turn, and their losses are compared before they are timed. "Together" is `train_many` on SAEs that
+are also trained one after the other from the same cache, in turn first and second; at a small
+width too, since the one reading saves a share of the time that falls with an SAE's own.
 """
 
 import argparse
@@ -42,6 +44,10 @@ REPLACED = (
     "column_topk",
     "matching_pursuit",
 )
+TOGETHER = 4
+"""SAEs on one reading."""
+TOGETHER_STEPS = 2**16
+"""Steps of one of them times latents: as long at every width."""
 L0 = 32
 SPARSITY: dict[str, dict[str, Any]] = {
     "gated": {"target_l0": float(L0)},
@@ -133,33 +139,35 @@ def _same_losses(run: Run, columns: dict[str, torch.Tensor], name: str) -> None:
         raise SystemExit(f"{name}: losses differ, {found[0]:.5g} and {found[1]:.5g}: nothing timed")
 
 
-def together(args: argparse.Namespace, cache: ActivationCache) -> dict[str, Any]:
+def together(args: argparse.Namespace, cache: ActivationCache, d_sae: int) -> dict[str, Any]:
     """Several SAEs from one reading of the cache, and one after the other."""
     cfg = config("topk", args)
-    fields = {**cfg.to_dict(), "n_tokens": 20 * args.batch}
-    specs = [RunSpec(config=type(cfg).from_dict({**fields, "seed": seed})) for seed in range(4)]
+    steps = max(20, TOGETHER_STEPS // d_sae)
+    fields = {**cfg.to_dict(), "d_sae": d_sae, "n_tokens": steps * args.batch}
+    of = type(cfg).from_dict
+    specs = [RunSpec(config=of({**fields, "seed": seed})) for seed in range(TOGETHER)]
     one: list[float] = []
     apart: list[float] = []
-    for _ in range(3):
-        begun = time.perf_counter()
-        train_many(specs, cache, device=args.device)
-        one.append(time.perf_counter() - begun)
-        begun = time.perf_counter()
-        for spec in specs:
-            train_many([spec], cache, device=args.device)
-        apart.append(time.perf_counter() - begun)
+    ways = [(one, [specs]), (apart, [[spec] for spec in specs])]
+    for pair in range(args.pairs + 1):
+        for seconds, trainings in ways if pair % 2 else reversed(ways):
+            begun = time.perf_counter()
+            for group in trainings:
+                train_many(group, cache, device=args.device)
+            seconds.append(time.perf_counter() - begun)
     return {
         "op": "together",
         "kind": "topk",
         "saes": len(specs),
         "device": args.device,
         "d_in": args.d_in,
-        "d_sae": args.d_sae,
+        "d_sae": d_sae,
+        "steps": steps,
         "batch": args.batch,
         "precision": args.precision,
-        "seconds": summary(one),
-        "apart_seconds": summary(apart),
-        **ratio(one, apart),
+        "seconds": summary(one[1:]),
+        "apart_seconds": summary(apart[1:]),
+        **ratio(one[1:], apart[1:]),
     }
 
 
@@ -171,6 +179,7 @@ def main() -> None:
     parser.add_argument("--d-in", type=int, default=512)
     parser.add_argument("--d-sae", type=int, default=8192)
     parser.add_argument("--batch", type=int, default=4096)
+    parser.add_argument("--together", type=int, nargs="*", default=[1024, 8192], help="widths")
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--settle", type=int, default=30, help="steps before the first timed one")
     parser.add_argument("--pairs", type=int, default=5)
@@ -189,7 +198,8 @@ def main() -> None:
         cache = planted_cache(Path(folder) / "cache", synthetic, 8 * args.batch, gradient=gradient)
         for name in track(args.kinds, "kinds"):
             lines.append(append(NAME, steps(name, args, cache), args.results))
-        lines.append(append(NAME, together(args, cache), args.results))
+        for d_sae in args.together:
+            lines.append(append(NAME, together(args, cache, d_sae), args.results))
     show(
         f"{args.device}, d_in {args.d_in}, {args.d_sae} latents, batch {args.batch}",
         ("kind", "op", "ms", "plain or apart ms", "times as fast"),
