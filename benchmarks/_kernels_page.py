@@ -28,6 +28,49 @@ def fused_step(results: Results) -> str:
     return _on(lines) + markdown((*columns, "times plain torch"), rows)
 
 
+def speed(results: Results) -> str:
+    """A TopK step as `saekit train` takes it, beside the quickest way of every other library."""
+    lines = newest(
+        [line for line in _step_lines(results) if line["op"] == "topk step" and line["ms"]],
+        *(*_CASE, "impl", "variant"),
+    )
+    rows = []
+    others: dict[str, None] = {}
+    for ours in (line for line in lines if line["variant"] == "as trained"):
+        quickest: dict[str, Line] = {}
+        for line in lines:
+            name = _library(line)
+            if all(line[field] == ours[field] for field in _CASE) and not _is_ours(line):
+                best = quickest.setdefault(name, line)
+                quickest[name] = min(best, line, key=lambda line: line["ms"])
+        others |= dict.fromkeys(quickest)
+        rows.append((ours, quickest))
+    cells = [
+        (
+            _sizes(ours),
+            f"{ours['ms']:.2f} ms, {ours['peak_gib']:.1f} GiB",
+            *(_beside(ours, quickest.get(name)) for name in others),
+        )
+        for ours, quickest in rows
+    ]
+    return _on(lines) + markdown(("shape", "saekit", *others), cells)
+
+
+def _is_ours(line: Line) -> bool:
+    return line["impl"] in ("fused", "triton ops")
+
+
+def _library(line: Line) -> str:
+    version = str(line["variant"] or "").partition(",")[0]
+    return str(line["impl"]) + (f" {version}" if version[:1].isdigit() else "")
+
+
+def _beside(ours: Line, line: Line | None) -> str:
+    if line is None:
+        return ""
+    return f"{line['ms']:.1f} ms ({line['ms'] / ours['ms']:.1f} times), {line['peak_gib']:.1f} GiB"
+
+
 def _step_lines(results: Results) -> list[Line]:
     # A check has no times.
     return [line for line in results.get("step", []) if "ms" in line]
@@ -157,7 +200,7 @@ def most_latents(results: Results) -> str:
             f"{line['d_in']:,}, k {line['k']}, batch {line['batch']:,}",
             f"{line['d_sae']:,}",
             f"{line['peak_gib']:.1f}",
-            cell(line["stopped_by"]),
+            cell(line["stopped_by"].partition(". ")[0]),
         )
         for line in newest(lines, "hardware", "d_in", "k", "batch", "impl", "variant")
     ]

@@ -349,6 +349,7 @@ PAGES: dict[str, dict[str, Callable[[Results], str]]] = {
         "together": together,
     },
     "dark_matter.md": _dark_matter_page.TABLES,
+    "../README.md": {"speed": _kernels_page.speed},
     EVALS: {"cost": _evals_page.cost},
     KERNELS: _kernels_page.TABLES,
 }

@@ -37,16 +37,25 @@ class PushArgs(Args):
     """Of the card; the last part of the address where none is given."""
     private: bool = False
     """Make the repository for your eyes alone, where it is made."""
+    keep_paths: bool = False
+    """Upload also where a file names folders of this machine, which everyone can then read."""
     dry_run: bool = False
     """Print the card and the names of the files, and upload nothing."""
 
 
 def run(argv: list[str]) -> None:
     args = parse(PushArgs, argv, "push")
+    from saekit.errors import ConfigError
     from saekit.interop import _card, _hub
 
     _hub.Address.parse(args.address)
     made = _card.parcel(args.folder, args.address, args.licence, args.title)
+    paths = [] if args.keep_paths else _card.machine_paths(made.files)
+    if paths:
+        raise ConfigError(
+            f"paths of this machine would be for everyone to read: {', '.join(paths)}. Upload them "
+            "with --keep-paths, or make the SAE again from a model and corpus by their hub names"
+        )
     if args.dry_run:
         print(made.card)
         print("\n".join(sorted(made.files)))

@@ -2,9 +2,11 @@
 from, and the SHA-256 of its files."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import jinja2
 import yaml
@@ -128,6 +130,33 @@ def parcel(folder: Path, address: str, licence: str | None, title: str | None = 
     text = "".join(f"{digest}  {name}\n" for name, digest in sums.items())
     extra = {"README.md": card.encode(), SUMS: text.encode()}
     return Parcel(card, {**files, **extra})
+
+
+def machine_paths(files: dict[str, Path | bytes]) -> list[str]:
+    """Which paths of this machine the JSON among these files names, as "'/home/me/model' in
+    config.json"."""
+    found: dict[str, None] = {}
+    for name, content in sorted(files.items()):
+        if isinstance(content, Path) and content.suffix == ".json":
+            for text in _texts(json.loads(content.read_text(encoding="utf-8"))):
+                if _of_this_machine(text):
+                    found[f"{text!r} in {name}"] = None
+    return list(found)
+
+
+def _texts(values: Any) -> Iterator[str]:
+    if isinstance(values, str):
+        yield values
+    elif isinstance(values, dict):
+        yield from (text for value in values.values() for text in _texts(value))
+    elif isinstance(values, list):
+        yield from (text for value in values for text in _texts(value))
+
+
+def _of_this_machine(text: str) -> bool:
+    if "\n" in text or len(text) > 4096:
+        return False
+    return urlsplit(text).scheme == "file" or Path(text).is_absolute() or text.startswith("~")
 
 
 def _files(format: str) -> tuple[str, ...]:

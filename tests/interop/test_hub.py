@@ -186,7 +186,9 @@ def test_a_run_is_pushed_with_its_results_a_card_and_checksums(
     hub: Hub, tiny_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     address = "hf://owner/saes/resid_post.0"
-    assert main(["push", str(tiny_run), address, "--licence", "mit", "--private"]) == 0
+    assert (
+        main(["push", str(tiny_run), address, "--licence", "mit", "--private", "--keep-paths"]) == 0
+    )
     assert f"/owner/saes/commit/{COMMIT}" in capsys.readouterr().out
     assert hub.created[0]["visibility"] == "private"
     names = {name.removeprefix("resid_post.0/") for name in hub.files}
@@ -210,10 +212,26 @@ def test_a_card_says_what_is_known_and_every_figure_is_that_of_a_file(tiny_run: 
 
 
 def test_a_licence_has_to_be_said(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["push", str(tiny_run), "hf://owner/saes", "--dry-run"]) == 2
+    command = ["push", str(tiny_run), "hf://owner/saes", "--dry-run", "--keep-paths"]
+    assert main(command) == 2
     assert "say what others may do with it" in capsys.readouterr().err
-    assert main(["push", str(tiny_run), "hf://owner/saes", "--dry-run", "--licence", "mit"]) == 0
+    assert main([*command, "--licence", "mit"]) == 0
     assert "SHA256SUMS" in capsys.readouterr().out
+
+
+def test_paths_of_this_machine_are_uploaded_only_where_asked_for(
+    hub: Hub, tiny_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_run / "config.json"
+    values = json.loads(config.read_text())
+    values["provenance"]["model"] = "/home/somebody/model"
+    config.write_text(json.dumps(values))
+    command = ["push", str(tiny_run), "hf://owner/saes", "--licence", "mit"]
+    assert main(command) == 2
+    assert "'/home/somebody/model' in config.json. Upload them with" in capsys.readouterr().err
+    assert not hub.files
+    assert main([*command, "--keep-paths"]) == 0
+    assert "/home/somebody/model" in hub.files["config.json"].decode()
 
 
 def test_what_a_hub_refuses_is_said_in_a_sentence(hub: Hub, tiny_run: Path) -> None:
