@@ -7,6 +7,7 @@ Axes: row (activations that the token mask keeps), d (their width).
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -151,6 +152,10 @@ class Eval(ABC):
 
         Raises CacheError where there are none.
         """
+        return self._index
+
+    @cached_property
+    def _index(self) -> Int[Tensor, " row"]:
         cfg = self.cfg
         index = self.cache.indices(cfg.split, cfg.exclude)[: cfg.max_rows]
         if len(index) == 0:

@@ -4,11 +4,11 @@ resample (see `_resample`), and variants of explained variance that other tools 
 Axes: sample (resamples, the first of them the rows as they are), row, d.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from saekit.evals._resample import Resamples, Scatter
@@ -31,15 +31,19 @@ _COLUMNS = (
 )
 
 
+_AT_ONCE = 2**17
+"""Elements of one fp64 `[row, d]` tensor: 1 MiB, so that what is made of some rows is still in a
+CPU's cache when it is added up."""
+
+
 @dataclass(frozen=True, eq=False)
 class CoreRows:
     """Sums over rows x, of reconstructions x_hat with e = x - x_hat, in each resample."""
 
     x: Scatter
     e: Scatter
+    """About 0: its second sum is that of e^2, by dimension."""
     sums: Float[Tensor, "sample column"]
-    residual: Float[Tensor, "sample d"]
-    """sum of e^2, by dimension."""
 
     @classmethod
     def of(
@@ -54,37 +58,25 @@ class CoreRows:
     ) -> "CoreRows":
         """`centre` is a fixed point near the mean of x: variance is summed about it, and x is as
         far from it as token by token explained variance has it. `norm` is of decoder rows."""
-        x, x_hat = x.double(), x_hat.double()
-        e = x - x_hat
-        length, hat_length, dot = x.norm(dim=1), x_hat.norm(dim=1), (x * x_hat).sum(1)
-        nonzero = length > 0
-        one = torch.ones_like(length)
-        product = torch.where(nonzero & (hat_length > 0), length * hat_length, one)
-        spread = (x - centre).square().sum(1)
-        values = code.values.double().abs()
-        columns = torch.stack(
-            [
-                one,
-                nonzero.double(),
-                length.square(),
-                x.sum(1),
-                hat_length.square(),
-                dot,
-                dot / product * nonzero,
-                hat_length / torch.where(nonzero, length, one) * nonzero,
-                # A row at the centre itself has no variance to explain: as if none were left.
-                torch.where(spread > 0, e.square().sum(1) / spread.clamp_min(1e-300), 0.0),
-                (values != 0).sum(1).double(),
-                (values * norm.double()[code.indices]).sum(1),
-            ],
-            dim=1,
+        norm = norm.double()
+
+        def parts() -> Iterator[Tensor]:
+            size = max(1, _AT_ONCE // x.shape[1])
+            # One part at least, of no rows where there are none.
+            for first in range(0, max(len(x), 1), size):
+                some = slice(first, first + size)
+                here = SparseCode(code.values[some], code.indices[some])
+                yield _of_rows(x[some].double(), x_hat[some].double(), here, norm, centre)
+
+        sums = resamples.sums_of(parts(), document)
+        apart, apart_square, e, e_square, columns = sums.split(
+            [*[x.shape[1]] * 4, len(_COLUMNS)], dim=1
         )
-        zero = torch.zeros_like(centre)
+        count = columns[:, :1]
         return cls(
-            Scatter.of(resamples, x, document, centre),
-            Scatter.of(resamples, e, document, zero),
-            resamples.sums(columns, document),
-            resamples.sums(e.square(), document),
+            Scatter(centre, count, apart, apart_square),
+            Scatter(torch.zeros_like(centre), count, e, e_square),
+            columns,
         )
 
     def __add__(self, other: "CoreRows") -> "CoreRows":
@@ -92,11 +84,15 @@ class CoreRows:
             self.x + other.x,
             self.e + other.e,
             self.sums + other.sums,
-            self.residual + other.residual,
         )
 
     def __getitem__(self, name: str) -> Samples:
         return self.sums[:, _COLUMNS.index(name)]
+
+    @property
+    def residual(self) -> Float[Tensor, "sample d"]:
+        """sum of e^2, by dimension."""
+        return self.e.second
 
     @property
     def fvu(self) -> Samples:
@@ -130,6 +126,39 @@ class CoreRows:
             "l1_mean": lambda: self["l1"] / rows,
         }
         return {name: ratio() for name, ratio in ratios.items()}
+
+
+def _of_rows(
+    x: Float64[Tensor, "row d"],
+    x_hat: Float64[Tensor, "row d"],
+    code: SparseCode,
+    norm: Float64[Tensor, " d_sae"],
+    centre: Float64[Tensor, " d"],
+) -> Float64[Tensor, "row sum"]:
+    """What is added up of rows: x - centre, e, and the squares of both, then `_COLUMNS`."""
+    apart, e = x - centre, x - x_hat
+    apart_square, e_square = apart.square(), e.square()
+    length, hat_length, dot = x.norm(dim=1), x_hat.norm(dim=1), (x * x_hat).sum(1)
+    nonzero = length > 0
+    one = torch.ones_like(length)
+    product = torch.where(nonzero & (hat_length > 0), length * hat_length, one)
+    spread = apart_square.sum(1)
+    values = code.values.double().abs()
+    columns = [
+        one,
+        nonzero.double(),
+        length.square(),
+        x.sum(1),
+        hat_length.square(),
+        dot,
+        dot / product * nonzero,
+        hat_length / torch.where(nonzero, length, one) * nonzero,
+        # A row at the centre itself has no variance to explain: as if none were left.
+        torch.where(spread > 0, e_square.sum(1) / spread.clamp_min(1e-300), 0.0),
+        (values != 0).sum(1).double(),
+        (values * norm[code.indices]).sum(1),
+    ]
+    return torch.cat([apart, apart_square, e, e_square, torch.stack(columns, 1)], 1)
 
 
 def _positive(values: Samples, denominator: Samples) -> Samples:

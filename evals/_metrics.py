@@ -12,7 +12,9 @@ vocab.
 """
 
 from dataclasses import dataclass
+from functools import reduce
 from math import isfinite
+from operator import add
 
 import torch
 from jaxtyping import Float, Int
@@ -23,6 +25,9 @@ from saekit.sae import SparseCode
 
 DENSE = 0.1
 """A latent that fires on more than this share of the rows counts as dense."""
+
+_AT_ONCE = 2**17
+"""Elements of one fp64 `[row, d]` tensor: 1 MiB, which a CPU's cache holds."""
 
 MIN_CE_RISE = 1e-6
 """Nats that an ablation must cost before the share of it that an SAE wins back means anything."""
@@ -52,6 +57,11 @@ class Reconstruction:
 
     @classmethod
     def of(cls, x: Float[Tensor, "row d"], x_hat: Float[Tensor, "row d"]) -> "Reconstruction":
+        size = max(1, _AT_ONCE // max(x.shape[1], 1))
+        return reduce(add, map(cls._of, x.split(size), x_hat.split(size)))
+
+    @classmethod
+    def _of(cls, x: Float[Tensor, "row d"], x_hat: Float[Tensor, "row d"]) -> "Reconstruction":
         x, x_hat = x.double(), x_hat.double()
         n = x.shape[0]
         mean = x.mean(0) if n else x.new_zeros(x.shape[1])

@@ -16,6 +16,7 @@ Axes: sample (resamples, the first of them the rows as they are), document, row,
 
 import logging
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -66,9 +67,23 @@ class Resamples:
         self, values: Float[Tensor, "row q"], document: Int[Tensor, " row"]
     ) -> Float[Tensor, "sample q"]:
         """The sum of values over the rows, in each resample, in fp64."""
+        return self.sums_of([values], document)
+
+    def sums_of(
+        self, parts: Iterable[Float[Tensor, "_ q"]], document: Int[Tensor, " row"]
+    ) -> Float[Tensor, "sample q"]:
+        """The same of values that come some rows at a time, in order: one part at least."""
         some, place = document.unique(return_inverse=True)
-        by_document = values.new_zeros(len(some), values.shape[1], dtype=torch.float64)
-        by_document.index_add_(0, place, values.double())
+        by_document: Tensor | None = None
+        first = 0
+        for values in parts:
+            if by_document is None:
+                shape = len(some), values.shape[1]
+                by_document = values.new_zeros(shape, dtype=torch.float64)
+            last = first + len(values)
+            by_document.index_add_(0, place[first:last], values.double())
+            first = last
+        assert by_document is not None and first == len(place)
         columns = torch.searchsorted(self.documents, some)
         return self.weights[:, columns].double() @ by_document
 

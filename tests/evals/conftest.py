@@ -1,11 +1,72 @@
-"""SAEs whose behaviour is known beforehand."""
+"""SAEs whose behaviour is known beforehand, and what holds results to plain loops."""
+
+import re
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
+from saekit.results import EvalResult
 from saekit.sae import SAE, ReLU, TopK
 
 WIDTH = 16
+
+LOOPS: dict[str, dict[str, list[str]]] = tomllib.loads(
+    Path(__file__).with_name("loops.toml").read_text()
+)
+
+
+def _matches(name: str, patterns: list[str]) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
+
+
+@pytest.fixture
+def covered() -> Callable[[EvalResult], None]:
+    """Refuses a result that has a number which no test holds to a plain loop."""
+
+    def check(result: EvalResult) -> None:
+        patterns = [one for some in LOOPS[result.eval].values() for one in some]
+        alone = [name for name in result.metrics if not _matches(name, patterns)]
+        assert not alone, (
+            f"{alone} of '{result.eval}' are held to no plain loop: write one in float64, give its "
+            "numbers to `agree`, and name the test in loops.toml"
+        )
+
+    return check
+
+
+@pytest.fixture
+def agree(
+    request: pytest.FixtureRequest, covered: Callable[[EvalResult], None]
+) -> Callable[..., None]:
+    """Holds a result to numbers of a plain loop, to 1e-6, and the test to what loops.toml says that
+    it looks at: no more and no less."""
+    test: str = request.node.originalname
+
+    def check(
+        result: EvalResult, expected: dict[str, float], rel: float = 1e-6, abs: float = 1e-9
+    ) -> None:
+        covered(result)
+        patterns = LOOPS[result.eval][test]
+        unsaid = [name for name in expected if not _matches(name, patterns)]
+        assert not unsaid, f"loops.toml does not say that {test} looks at {unsaid}"
+        for pattern in patterns:
+            assert any(re.fullmatch(pattern, name) for name in expected), (
+                f"loops.toml says that {test} looks at {pattern}, and it does not"
+            )
+        found = {name: metric.value for name, metric in result.metrics.items()}
+        assert expected.keys() <= found.keys()
+        off = {
+            name: (found[name], value)
+            for name, value in expected.items()
+            if found[name] != pytest.approx(value, rel=rel, abs=abs)
+        }
+        assert not off, f"found, and in a plain loop: {off}"
+
+    return check
 
 
 @pytest.fixture
@@ -34,3 +95,26 @@ def random_sae() -> SAE:
     b_enc = torch.randint(-2, 3, (40,), generator=generator) / 4
     W_dec = torch.randn(40, WIDTH, generator=generator) / 10
     return SAE(W_enc, b_enc, W_dec, torch.zeros(WIDTH), TopK(4))
+
+
+@pytest.fixture
+def pursued() -> Callable[[SAE, Tensor, int], Tensor]:
+    """Gradient pursuit of one row, by the equations, in fp64 and over the whole dictionary."""
+
+    def latents(sae: SAE, x: Tensor, steps: int) -> Tensor:
+        W_dec, norm = sae.W_dec.double(), sae.W_dec.double().norm(dim=1)
+        D = torch.stack([row / n if n > 0 else row for row, n in zip(W_dec, norm, strict=True)])
+        s = x.double() - sae.b_dec.double()
+        w = torch.zeros(len(D), dtype=torch.float64)
+        support: set[int] = set()
+        for _ in range(steps):
+            r = s - w @ D
+            p = D @ r
+            support.add(int(p.argmax()))
+            g = torch.tensor([float(p[i]) if i in support else 0.0 for i in range(len(D))]).double()
+            c = g @ D
+            if float(c @ c) > 0:
+                w = (w + float(c @ r) / float(c @ c) * g).clamp_min(0)
+        return torch.where(norm > 0, w / norm, 0.0)
+
+    return latents

@@ -1,6 +1,7 @@
 import dataclasses
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from saekit.trainers import _life
 from saekit.trainers.variational import VariationalConfig
 
 HOOK = "resid_post.0"
+Agree = Callable[..., None]
 
 
 @pytest.fixture(scope="module")
@@ -396,25 +398,43 @@ def test_the_file_is_the_one_that_trainers_write() -> None:
     assert FILE == _life.FILE
 
 
-def test_lives_are_read_from_the_run(run: Path, tiny_cache: ActivationCache) -> None:
+def test_windows_and_lives_agree_with_plain_loops(
+    run: Path, tiny_cache: ActivationCache, agree: Agree
+) -> None:
     sae = checkpoint.load(run)
-    cfg = FiringConfig(run_folder=run, n_bootstrap=0)
+    cfg = FiringConfig(run_folder=run, n_bootstrap=0, windows=(20,), rules=(1, 3))
     result = evaluate("firing", sae, tiny_cache, config=cfg)
+    fires = (sae.encode(tiny_cache.rows(HOOK, tiny_cache.indices("test"))) != 0).tolist()
+    windows = [fires[at : at + 20] for at in range(0, len(fires) - 19, 20)]
+    counts = [[sum(row[i] for row in window) for i in range(24)] for window in windows]
+    total = [sum(row[i] for row in fires) for i in range(24)]
+    expected = {}
+    for least in (1, 3):
+        dead = [sum(c < least for c in count) / 24 for count in counts]
+        expected[f"dead_share_lt{least}_in_20"] = math.fsum(dead) / len(dead)
+        expected[f"dead_share_lt{least}_in_{len(fires)}"] = sum(c < least for c in total) / 24
+        ends = list(zip(counts[0], counts[-1], strict=True))
+        for name, is_so in (
+            ("dying", [a >= least > b for a, b in ends]),
+            ("waking", [a < least <= b for a, b in ends]),
+        ):
+            expected[f"{name}_share_lt{least}_in_20"] = sum(is_so) / 24
+    assert all(value for name, value in expected.items() if name.endswith("_20"))
     held = load_file(run / FILE)
-    fired, since = held["fired"][1:], held["since"][1:]
-    last = int(held["rows"][-1])
-    found = values(result)
-    assert found["life_dead_share_lt1_in_500"] == float((since[-1] >= 500).double().mean())
-    assert found[f"life_dead_share_lt1_in_{last}"] == pytest.approx(
-        sum(int(c) == 0 for c in fired[-1]) / 24
-    )
-    dying = sum(int(a) > 0 and int(b) == 0 for a, b in zip(fired[0], fired[-1], strict=True))
-    assert found["life_dying_share"] == dying / 24
-    assert result.metrics["life_dead_share_lt1_in_500"].n == int(held["rows"].sum())
+    # The first record is of the start, and has no rows.
+    fired, since, replanted = (held[k][1:].tolist() for k in ("fired", "since", "replanted"))
+    rows = held["rows"][1:].tolist()
+    expected |= {
+        "life_dead_share_lt1_in_500": sum(rest >= 500 for rest in since[-1]) / 24,
+        f"life_dead_share_lt1_in_{rows[-1]}": sum(c == 0 for c in fired[-1]) / 24,
+        "life_dying_share": sum(a > 0 == b for a, b in zip(fired[0], fired[-1], strict=True)) / 24,
+        "life_replanted_share": sum(any(w[i] for w in replanted) for i in range(24)) / 24,
+    }
+    agree(result, expected)
+    assert result.metrics["life_dead_share_lt1_in_500"].n == sum(rows)
     assert result.arrays["life_step"].tolist() == held["step"][1:].tolist()
-    assert result.arrays["life_fired_share"].tolist() == pytest.approx(
-        (fired > 0).double().mean(1).tolist()
-    )
+    shares = [sum(c > 0 for c in window) / 24 for window in fired]
+    assert result.arrays["life_fired_share"].tolist() == pytest.approx(shares)
     assert FiringConfig.from_dict(result.config) == cfg
 
 
@@ -462,7 +482,7 @@ def test_lives_worked_by_hand(run: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("variance", ["fixed", "learned", "none"])
 def test_a_variational_sae_shows_its_posterior_as_far_as_export_kept_it(
-    variance: str, run: Path, tiny_cache: ActivationCache
+    variance: str, run: Path, tiny_cache: ActivationCache, agree: Agree
 ) -> None:
     sae = checkpoint.load(run)
     assert sae.provenance is not None and sae.provenance.config["variance"] == "fixed"
@@ -475,16 +495,22 @@ def test_a_variational_sae_shows_its_posterior_as_far_as_export_kept_it(
     x = tiny_cache.rows(HOOK, tiny_cache.indices("test"))
     scale = 4 / tiny_cache.stats(HOOK).mean_norm
     mean = (x @ sae.W_enc + sae.b_enc).relu().double() * scale
-    kl, found = mean.square() / 2, values(result)
-    assert found["posterior_kl"] == pytest.approx(float(kl.sum(1).mean()), rel=1e-5)
+    kl, n = mean.square() / 2, len(x)
+    below = [sum(row[i] < 0.05 for row in kl.tolist()) / n for i in range(24)]
+    columns = mean.T.tolist()
+    centres = [math.fsum(column) / n for column in columns]
+    variances = [
+        math.fsum((v - centre) ** 2 for v in column) / n
+        for column, centre in zip(columns, centres, strict=True)
+    ]
+    expected = {
+        "posterior_kl": math.fsum(kl.flatten().tolist()) / n,
+        "posterior_collapsed_share": sum(share >= 0.9 for share in below) / 24,
+        "posterior_active_units_share": sum(v > 0.01 for v in variances) / 24,
+    }
+    agree(result, expected)
     low, high = result.metrics["posterior_kl"].interval or (0.0, 0.0)
-    assert low < found["posterior_kl"] < high
-    assert found["posterior_collapsed_share"] == pytest.approx(
-        float(((kl < 0.05).double().mean(0) >= 0.9).double().mean())
-    )
-    assert found["posterior_active_units_share"] == pytest.approx(
-        float((mean.var(0, correction=0) > 0.01).double().mean())
-    )
+    assert low < expected["posterior_kl"] < high
     assert result.arrays["posterior_kl"].tolist() == pytest.approx(kl.mean(0).tolist(), rel=1e-4)
     bound = "a lower bound" in result.metrics["posterior_kl"].definition
     assert bound == (variance == "learned")

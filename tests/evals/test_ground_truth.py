@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
@@ -17,10 +18,13 @@ from saekit.evals.core import CoreConfig
 from saekit.evals.ground_truth import GroundTruthConfig
 from saekit.results import EvalResult, Provenance
 from saekit.sae import SAE, ReLU, SparseCode, TopK
+from saekit.seeds import stream
 from saekit.synthetic import Synthetic, SyntheticConfig
 
 LAW = SyntheticConfig(n_features=7, d_in=16, p_max=0.4, p_min=0.1, magnitude_sd=0.3)
 N_ROWS = 3000
+Row = list[float]
+Matching = tuple[list[tuple[int, int]], list[int]]
 
 
 @pytest.fixture(scope="module")
@@ -179,60 +183,94 @@ def test_dead_latents_count_zero_and_leave_mcc_alive_alone(
 # Against loops.
 
 
-@pytest.mark.parametrize("d_sae", [5, 7, 8])
-def test_every_number_agrees_with_a_plain_loop(
-    d_sae: int, cache: ActivationCache, truth: Synthetic
-) -> None:
-    generator = torch.Generator().manual_seed(d_sae)
-    own = torch.randn(d_sae, 16, generator=generator) * 0.3
-    n = min(d_sae, 7)
-    own[:n] += truth.directions[torch.randperm(7, generator=generator)[:n]]
-    sae = SAE(own.T, -0.2 - own @ truth.bias, own * 1.7, truth.bias, TopK(3))
-    result = found_in(sae, cache, max_rows=500)
-    got = values(result)
-
-    directions, rows = truth.directions.double().tolist(), sae.W_dec.double().tolist()
-    index = cache.indices("test")[:500].tolist()
-    stored, codes = truth.rows(0, N_ROWS)
+def by_cosine(
+    directions: list[Row], rows: list[Row], count: list[int]
+) -> tuple[dict[str, float], dict[str, Matching]]:
+    """All numbers by cosine, and of each sign the matching (feature, latent) and the feature that
+    each latent is nearest to."""
+    found, matching = {}, {}
+    n = len(rows)
+    small, large = min(7, n), max(7, n)
     for sign in ("signed", "abs"):
-        table = [[cos(f, r) for r in rows] for f in directions]
-        if sign == "abs":
-            table = [[abs(c) for c in line] for line in table]
-        best = [max(line) for line in table]
-        columns = list(zip(*table, strict=True))
-        nearest = [max(range(7), key=lambda g, c=c: c[g]) for c in columns]  # type: ignore[misc]
-        small, large = min(7, d_sae), max(7, d_sae)
-
-        def similar(i: int, j: int, table: list[list[float]] = table) -> float:
-            return table[i][j] if d_sae >= 7 else table[j][i]
-
+        size = abs if sign == "abs" else float
+        table = [[size(cos(f, r)) for r in rows] for f in directions]
+        best, columns = [max(line) for line in table], list(zip(*table, strict=True))
+        nearest = [c.index(max(c)) for c in columns]
+        # The shorter side chooses from the longer.
+        short, turned = (columns, False) if n < 7 else (table, True)
         most = max(
             permutations(range(large), small),
-            key=lambda p: sum(similar(i, j) for i, j in enumerate(p)),
+            key=lambda p, short=short: sum(short[i][j] for i, j in enumerate(p)),  # type: ignore[misc]
         )
-        pairs = [(i, j) if d_sae >= 7 else (j, i) for i, j in enumerate(most)]
+        pairs = [(i, j) if turned else (j, i) for i, j in enumerate(most)]
         total = sum(table[g][i] for g, i in pairs)
         hit = {g for g, i in pairs if table[g][i] > 0.9}
-        count = [sum(float(codes[row, g]) > 0 for row in index) for g in range(7)]
-        expected = {
+        found |= {
             f"mcc_{sign}": total / small,
             f"mcc_{sign}_of_features": total / 7,
-            f"mcc_{sign}_of_latents": total / d_sae,
+            f"mcc_{sign}_of_latents": total / n,
             f"mmcs_{sign}_features": sum(best) / 7,
-            f"mmcs_{sign}_latents": sum(max(c) for c in columns) / d_sae,
-            f"uniqueness_{sign}": len(set(nearest)) / d_sae,
+            f"mmcs_{sign}_latents": sum(map(max, columns)) / n,
+            f"uniqueness_{sign}": len(set(nearest)) / n,
             f"found_share_{sign}_over_0.9": len(hit) / 7,
             f"found_firing_share_{sign}_over_0.9": sum(count[g] for g in hit) / sum(count),
             f"near_share_{sign}_over_0.9": sum(c > 0.9 for c in best) / 7,
         }
-        assert {name: got[name] for name in expected} == pytest.approx(expected, abs=1e-6)
-        matched = result.arrays[f"feature_latent_{sign}"].tolist()
-        assert {(g, i) for g, i in enumerate(matched) if i >= 0} == set(pairs)
+        matching[sign] = pairs, nearest
+    return found, matching
 
-    # Now with the absolute matching and nearest features of the loop's last turn.
+
+def drawn(draw: int, n: int) -> list[Row]:
+    """Random unit rows in the place of n latents; as many as features were drawn before them."""
+    generator = stream("null", 0, draw)
+    torch.randn(7, 16, generator=generator, dtype=torch.float64)
+    rows: list[Row] = torch.randn(n, 16, generator=generator, dtype=torch.float64).tolist()
+    return [[v / math.sqrt(sum(w * w for w in row)) for v in row] for row in rows]
+
+
+def null(found: dict[str, float]) -> dict[str, float]:
+    return {f"{name}_null": value for name, value in found.items()}
+
+
+def alive_only(found: dict[str, float]) -> dict[str, float]:
+    """`mcc`, under the name it has of latents that fire."""
+    names = ("mcc_signed", "mcc_abs", "mcc_signed_null", "mcc_abs_null")
+    return {name.replace("mcc", "mcc_alive"): found[name] for name in names if name in found}
+
+
+@pytest.mark.parametrize("d_sae", [5, 7, 8])
+def test_every_number_agrees_with_a_plain_loop(
+    d_sae: int, cache: ActivationCache, truth: Synthetic, agree: Callable[..., None]
+) -> None:
+    """One of the latents never fires."""
+    generator = torch.Generator().manual_seed(d_sae)
+    own = torch.randn(d_sae, 16, generator=generator) * 0.3
+    n = min(d_sae, 7)
+    own[:n] += truth.directions[torch.randperm(7, generator=generator)[:n]]
+    b_enc = -0.2 - own @ truth.bias
+    b_enc[2] = -1e6
+    sae = SAE(own.T, b_enc, own * 1.7, truth.bias, TopK(3))
+    result = found_in(sae, cache, max_rows=500)
+
+    directions, rows = truth.directions.double().tolist(), sae.W_dec.double().tolist()
+    index = cache.indices("test")[:500].tolist()
+    stored, codes = truth.rows(0, N_ROWS)
     z = sae.encode(stored[index])
     there = [[float(codes[row, g]) > 0 for g in range(7)] for row in index]
     fires = [[float(v) != 0 for v in line] for line in z]
+    alive = [i for i in range(d_sae) if any(line[i] for line in fires)]
+    count = [sum(line[g] for line in there) for g in range(7)]
+    assert len(alive) == d_sae - 1
+    expected, matching = by_cosine(directions, rows, count)
+    expected |= null(by_cosine(directions, drawn(0, d_sae), count)[0])
+    expected |= alive_only(by_cosine(directions, [rows[i] for i in alive], count)[0])
+    of_random = null(by_cosine(directions, drawn(0, len(alive)), count)[0])
+    expected |= alive_only(of_random)
+    for sign, (pairs, _) in matching.items():
+        matched = result.arrays[f"feature_latent_{sign}"].tolist()
+        assert {(g, i) for g, i in enumerate(matched) if i >= 0} == set(pairs)
+    pairs, nearest = matching["abs"]
+    small = min(7, d_sae)
 
     def told(i: int, g: int) -> tuple[float, float, float]:
         both = sum(f[i] and t[g] for f, t in zip(fires, there, strict=True))
@@ -246,25 +284,26 @@ def test_every_number_agrees_with_a_plain_loop(
     by_near = [told(i, g) for i, g in enumerate(nearest)]
     by_pair = {g: told(i, g) for g, i in pairs}
     for at, name in enumerate(("precision", "recall", "f1")):
-        assert got[name] == pytest.approx(sum(t[at] for t in by_near) / d_sae, abs=1e-9)
-        mean = sum(t[at] for t in by_pair.values()) / small
-        assert got[f"{name}_matched"] == pytest.approx(mean, abs=1e-9)
+        expected[name] = sum(t[at] for t in by_near) / d_sae
+        expected[f"{name}_matched"] = sum(t[at] for t in by_pair.values()) / small
         own_of = [by_pair[g][at] if g in by_pair else 0.0 for g in range(7)]
         assert result.arrays[f"feature_{name}"].tolist() == pytest.approx(own_of, abs=1e-9)
     f1s = [by_pair[g][2] if g in by_pair else 0.0 for g in range(7)]
-    assert got["f1_matched_of_features"] == pytest.approx(sum(f1s) / 7, abs=1e-9)
+    expected["f1_matched_of_features"] = sum(f1s) / 7
 
     x = stored[index].double()
     x_hat = sae(stored[index]).double()
     error = sum(float(e @ e) for e in x - x_hat)
     spread = sum(float(e @ e) for e in x - x.mean(0))
-    assert got["ev"] == pytest.approx(1 - error / spread, abs=1e-6)
     ratio = sum(float(b.norm() / a.norm()) for a, b in zip(x, x_hat, strict=True)) / len(index)
-    assert got["l2_ratio"] == pytest.approx(ratio, abs=1e-6)
-    assert got["true_l0"] == pytest.approx(sum(map(sum, there)) / len(index), abs=1e-12)
-    assert got["l0_mean"] == pytest.approx(sum(map(sum, fires)) / len(index), abs=1e-12)
-    dead = sum(not any(line[i] for line in fires) for i in range(d_sae))
-    assert got["dead_share"] == pytest.approx(dead / d_sae, abs=1e-12)
+    expected |= {
+        "ev": 1 - error / spread,
+        "l2_ratio": ratio,
+        "true_l0": sum(map(sum, there)) / len(index),
+        "l0_mean": sum(map(sum, fires)) / len(index),
+        "dead_share": 1 - len(alive) / d_sae,
+    }
+    agree(result, expected, abs=1e-6)  # Cosines are in fp32.
     density = [sum(t[g] for t in there) / len(index) for g in range(7)]
     assert result.arrays["feature_density"].tolist() == pytest.approx(density)
 

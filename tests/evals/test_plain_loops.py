@@ -1,8 +1,9 @@
-"""Every number of `firing`, `geometry` and `stability` once more, in plain loops of float64: none
-is without one. (Of the other evaluations in their own files.)"""
+"""Every number of `firing`, `geometry` and `stability` once more, in plain loops of float64, those
+of random dictionaries too. (Of the other evaluations in their own files.)"""
 
 import dataclasses
 import math
+from collections.abc import Callable
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -15,21 +16,12 @@ from saekit import ActivationCache, checkpoint, evaluate
 from saekit.evals.firing import FiringConfig
 from saekit.evals.geometry import GeometryConfig
 from saekit.evals.stability import StabilityConfig
-from saekit.results import EvalResult
 from saekit.sae import SAE
 from saekit.seeds import stream
 
 HOOK = "resid_post.0"
 Row = list[float]
-
-
-def values(result: EvalResult) -> dict[str, float]:
-    return {name: metric.value for name, metric in result.metrics.items()}
-
-
-def of_nulls(name: str) -> bool:
-    """Numbers of random dictionaries, which other tests hold to their draws."""
-    return name.endswith(("_null", "_null_cov")) and not name.startswith("enc_dec")
+Agree = Callable[..., None]
 
 
 def dot(a: Row, b: Row) -> float:
@@ -100,7 +92,7 @@ def zipf(count: list[int], few: int) -> dict[str, float]:
     }
 
 
-def test_firing(random_sae: SAE, tiny_cache: ActivationCache) -> None:
+def test_firing(random_sae: SAE, tiny_cache: ActivationCache, agree: Agree) -> None:
     rows = tiny_cache.rows(HOOK, tiny_cache.indices("test"))
     x = rows.double().tolist()
     z: list[Row] = random_sae.encode(rows).double().tolist()
@@ -139,8 +131,7 @@ def test_firing(random_sae: SAE, tiny_cache: ActivationCache) -> None:
         "active_units_share": sum(v > 0.01 for v in variances) / width,
     }
     config = FiringConfig(n_bootstrap=0)
-    found = values(evaluate("firing", random_sae, tiny_cache, hook=HOOK, config=config))
-    assert found == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    agree(evaluate("firing", random_sae, tiny_cache, hook=HOOK, config=config), expected)
 
 
 @pytest.fixture
@@ -163,7 +154,56 @@ def spread(name: str, numbers: list[float]) -> dict[str, float]:
     }
 
 
-def test_geometry(partly_dead: SAE, tiny_cache: ActivationCache) -> None:
+def drawn(
+    null: str, draw: int, sizes: list[int], roots: list[Any] | None = None
+) -> list[list[Row]]:
+    """Random dictionaries in place of those of these sizes, one after another from one stream; with
+    a root of a covariance each, where given."""
+    generator = stream(null, 0, draw)
+    found: list[list[Row]] = []
+    for i, n in enumerate(sizes):
+        rows: list[Row] = torch.randn(n, 16, generator=generator, dtype=torch.float64).tolist()
+        if roots is not None:
+            columns = roots[i].tolist()
+            rows = [[dot(row, column) for column in columns] for row in rows]
+        found.append([[v / math.sqrt(dot(row, row)) for v in row] for row in rows])
+    return found
+
+
+def root_of(x: Any) -> Any:
+    """The symmetric root of the covariance of rows, by Newton's iteration (Denman and Beavers)."""
+    apart = x - x.mean(0)
+    y, z = apart.T @ apart / len(x), np.eye(x.shape[1])
+    scale = np.trace(y)
+    y = y / scale
+    for _ in range(60):
+        y, z = (y + np.linalg.inv(z)) / 2, (z + np.linalg.inv(y)) / 2
+    return y * math.sqrt(scale)
+
+
+def neighbours(side: str, rows: list[Row]) -> dict[str, float]:
+    """Of a dictionary's rows to each other."""
+    n, found = len(rows), {}
+    table = [[cos(a, b) for b in rows] for a in rows]
+    pairs = [table[i][j] for i in range(n) for j in range(n) if i != j]
+    found[f"pair_cos_{side}_mean"] = mean(pairs)
+    found[f"pair_cos_{side}_rms"] = math.sqrt(mean([c * c for c in pairs]))
+    for sign in ("signed", "abs") if side == "dec" else ("abs",):
+        size = abs if sign == "abs" else float
+        best = [max(size(table[i][j]) for j in range(n) if i != j) for i in range(n)]
+        name = f"max_cos_{side}_{sign}"
+        found[f"{name}_mean"] = mean(best)
+        found[f"{name}_median"] = percentile(best, 50)
+        found[f"{name}_p99"] = percentile(best, 99)
+        found[f"{name}_share_over_0.7"] = sum(c > 0.7 for c in best) / n
+    return found
+
+
+def means_of(name: str, draws: list[dict[str, float]]) -> dict[str, float]:
+    return {f"{key}_{name}": mean([draw[key] for draw in draws]) for key in draws[0]}
+
+
+def test_geometry(partly_dead: SAE, tiny_cache: ActivationCache, agree: Agree) -> None:
     alive = alive_of(partly_dead, tiny_cache)
     n = len(alive)
     rows = {
@@ -175,23 +215,17 @@ def test_geometry(partly_dead: SAE, tiny_cache: ActivationCache) -> None:
     others = [cos(rows["enc"][i], rows["dec"][(i - shift) % n]) for i in range(n)]
     expected = {"alive_share": n / 40, **spread("enc_dec_cos", own)}
     expected |= {f"{name}_null": v for name, v in spread("enc_dec_cos", others).items()}
+    root = root_of(tiny_cache.rows(HOOK, tiny_cache.indices("test")).double().numpy())
     for side, some in rows.items():
         expected |= spread(f"{side}_norm", [math.sqrt(dot(row, row)) for row in some])
-        table = [[cos(a, b) for b in some] for a in some]
-        pairs = [table[i][j] for i in range(n) for j in range(n) if i != j]
-        expected[f"pair_cos_{side}_mean"] = mean(pairs)
-        expected[f"pair_cos_{side}_rms"] = math.sqrt(mean([c * c for c in pairs]))
-        for sign in ("signed", "abs") if side == "dec" else ("abs",):
-            size = abs if sign == "abs" else float
-            best = [max(size(table[i][j]) for j in range(n) if i != j) for i in range(n)]
-            name = f"max_cos_{side}_{sign}"
-            expected[f"{name}_mean"] = mean(best)
-            expected[f"{name}_median"] = percentile(best, 50)
-            expected[f"{name}_p99"] = percentile(best, 99)
-            expected[f"{name}_share_over_0.7"] = sum(c > 0.7 for c in best) / n
-    config = GeometryConfig()
-    found = values(evaluate("geometry", partly_dead, tiny_cache, hook=HOOK, config=config))
-    assert {k: v for k, v in found.items() if not of_nulls(k)} == pytest.approx(expected, abs=1e-6)
+        expected |= neighbours(side, some)
+        draws = [neighbours(side, *drawn("null", draw, [n])) for draw in range(2)]
+        expected |= means_of("null", draws)
+    draws = [neighbours("dec", *drawn("null_cov", draw, [n], [root])) for draw in range(2)]
+    expected |= means_of("null_cov", draws)
+    config = GeometryConfig(null_draws=2)
+    result = evaluate("geometry", partly_dead, tiny_cache, hook=HOOK, config=config)
+    agree(result, expected, abs=1e-6)  # Cosines are in fp32.
 
 
 def subspace(rows: list[Row], rank: int) -> Any:
@@ -199,7 +233,47 @@ def subspace(rows: list[Row], rank: int) -> Any:
     return np.linalg.svd(np.array(rows))[2][:rank]
 
 
-def test_stability(random_sae: SAE, tiny_cache: ActivationCache, tmp_path: Path) -> None:
+Found = tuple[dict[str, float], list[list[Row]]]
+
+
+def compared(a: list[Row], b: list[Row]) -> Found:
+    """Two dictionaries of unit rows, the second no larger; and what neither finds of the other."""
+    found: dict[str, float] = {}
+    n, m = len(a), len(b)
+    unfound: list[list[Row]] = []
+    for sign in ("signed", "abs"):
+        size = abs if sign == "abs" else float
+        table = [[size(dot(p, q)) for q in b] for p in a]
+        forward = [line.index(max(line)) for line in table]
+        columns = [[table[i][j] for i in range(n)] for j in range(m)]
+        backward = [line.index(max(line)) for line in columns]
+        for way, best, of in (("forward", forward, table), ("backward", backward, columns)):
+            cosines = [line[j] for line, j in zip(of, best, strict=True)]
+            found[f"mmcs_{sign}_{way}"] = mean(cosines)
+            found[f"uniqueness_{sign}_{way}"] = len(set(best)) / len(best)
+            found[f"share_over_0.7_{sign}_{way}"] = mean([c > 0.7 for c in cosines])
+        both = [table[i][j] for i, j in enumerate(forward) if backward[j] == i]
+        found[f"mutual_share_{sign}"] = len(both) / m
+        found[f"mutual_cos_{sign}"] = mean(both)
+        tries = permutations(range(n), m)
+        pairs = max(([columns[j][i] for j, i in enumerate(some)] for some in tries), key=math.fsum)
+        found[f"pw_mcc_{sign}"] = mean(pairs)
+        found[f"pw_share_over_0.7_{sign}"] = mean([c > 0.7 for c in pairs])
+        unfound = [
+            [row for row, line in zip(rows, of, strict=True) if max(line) <= 0.7]
+            for rows, of in ((a, table), (b, columns))
+        ]
+    return found, unfound
+
+
+def overlap(a: list[Row], b: list[Row]) -> float:
+    angles = subspace(a, 2) @ subspace(b, 2).T
+    return float((angles**2).sum() / 2)
+
+
+def test_stability(
+    random_sae: SAE, tiny_cache: ActivationCache, tmp_path: Path, agree: Agree
+) -> None:
     """Seven latents against five, so that all matchings can be tried."""
 
     def few(sae: SAE, n: int) -> SAE:
@@ -217,35 +291,16 @@ def test_stability(random_sae: SAE, tiny_cache: ActivationCache, tmp_path: Path)
         for one, i in zip((sae, other), alive, strict=True)
     )
     assert 5 < len(a) <= 7 and 3 < len(b) <= 5
-    n, m = len(a), len(b)
-    expected = {"alive_share": n / 40, "vs1_alive": m}
-    unfound: list[list[list[float]]] = []
-    for sign in ("signed", "abs"):
-        size = abs if sign == "abs" else float
-        table = [[size(dot(p, q)) for q in b] for p in a]
-        forward = [line.index(max(line)) for line in table]
-        columns = [[table[i][j] for i in range(n)] for j in range(m)]
-        backward = [line.index(max(line)) for line in columns]
-        for way, best, of in (("forward", forward, table), ("backward", backward, columns)):
-            cosines = [line[j] for line, j in zip(of, best, strict=True)]
-            expected[f"vs1_mmcs_{sign}_{way}"] = mean(cosines)
-            expected[f"vs1_uniqueness_{sign}_{way}"] = len(set(best)) / len(best)
-            expected[f"vs1_share_over_0.7_{sign}_{way}"] = mean([c > 0.7 for c in cosines])
-        both = [table[i][j] for i, j in enumerate(forward) if backward[j] == i]
-        expected[f"vs1_mutual_share_{sign}"] = len(both) / m
-        expected[f"vs1_mutual_cos_{sign}"] = mean(both)
-        tries = permutations(range(n), m)
-        pairs = max(([columns[j][i] for j, i in enumerate(some)] for some in tries), key=math.fsum)
-        expected[f"vs1_pw_mcc_{sign}"] = mean(pairs)
-        expected[f"vs1_pw_share_over_0.7_{sign}"] = mean([c > 0.7 for c in pairs])
-        if sign == "abs":
-            unfound = [
-                [row for row, line in zip(rows, of, strict=True) if max(line) <= 0.7]
-                for rows, of in ((a, table), (b, columns))
-            ]
-    angles = subspace(unfound[0], 2) @ subspace(unfound[1], 2).T
-    expected["vs1_unfound_subspace_2"] = float((angles**2).sum() / 2)
+    own, unfound = compared(a, b)
+    own["unfound_subspace_2"] = overlap(*unfound)
+    root = root_of(tiny_cache.rows(HOOK, tiny_cache.indices("test")).double().numpy())
+    for null, roots in (("null", None), ("null_cov", [root, root])):
+        of, _ = compared(*drawn(null, 0, [len(a), len(b)], roots))
+        of["unfound_subspace_2"] = overlap(*drawn(null, 0, list(map(len, unfound)), roots))
+        own |= means_of(null, [of])
+    expected = {f"vs1_{name}": value for name, value in own.items()}
+    expected |= {"alive_share": len(a) / 40, "vs1_alive": len(b)}
     checkpoint.save(other, tmp_path)
     config = StabilityConfig(against=(tmp_path,), subspace_rank=2)
-    found = values(evaluate("stability", sae, tiny_cache, hook=HOOK, config=config))
-    assert {k: v for k, v in found.items() if not of_nulls(k)} == pytest.approx(expected, abs=1e-6)
+    result = evaluate("stability", sae, tiny_cache, hook=HOOK, config=config)
+    agree(result, expected, abs=1e-6)

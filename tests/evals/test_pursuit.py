@@ -1,4 +1,5 @@
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,35 +18,19 @@ def sae_of(W_dec: Tensor, b_dec: Tensor | None = None) -> SAE:
     return SAE(W_dec.T.contiguous(), torch.zeros(d_sae), W_dec, b_dec, TopK(1))
 
 
-def loop(sae: SAE, x: Tensor, steps: int) -> Tensor:
-    """The latents of one row, by the equations, in fp64 and over the whole dictionary."""
-    W_dec, norm = sae.W_dec.double(), sae.W_dec.double().norm(dim=1)
-    D = torch.stack([row / n if n > 0 else row for row, n in zip(W_dec, norm, strict=True)])
-    s = x.double() - sae.b_dec.double()
-    w = torch.zeros(len(D), dtype=torch.float64)
-    support: set[int] = set()
-    for _ in range(steps):
-        r = s - w @ D
-        p = D @ r
-        support.add(int(p.argmax()))
-        g = torch.tensor([float(p[i]) if i in support else 0.0 for i in range(len(D))]).double()
-        c = g @ D
-        if float(c @ c) > 0:
-            w = (w + float(c @ r) / float(c @ c) * g).clamp_min(0)
-    return torch.where(norm > 0, w / norm, 0.0)
-
-
 def random_sae() -> SAE:
     return sae_of(torch.randn(D_SAE, D) * torch.rand(D_SAE, 1) * 3, torch.randn(D))
 
 
-def test_each_row_agrees_with_the_equations_over_the_whole_dictionary() -> None:
+def test_each_row_agrees_with_the_equations_over_the_whole_dictionary(
+    pursued: Callable[[SAE, Tensor, int], Tensor],
+) -> None:
     sae, x = random_sae(), torch.randn(ROWS, D)
     steps = torch.arange(ROWS) % 9
     code = gradient_pursuit(sae, x, steps)
     z = code.dense(D_SAE)
     for row in range(ROWS):
-        expected = loop(sae, x[row], int(steps[row]))
+        expected = pursued(sae, x[row], int(steps[row]))
         torch.testing.assert_close(z[row].double(), expected, rtol=1e-4, atol=1e-5)
     assert ((z != 0).sum(1) <= steps).all()
     assert (z >= 0).all()
