@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
+from saekit.evals._metrics import Reconstruction, not_finite
 from saekit.evals._resample import Resamples, Scatter
 from saekit.sae import SparseCode
 
@@ -57,7 +58,10 @@ class CoreRows:
         centre: Float[Tensor, " d"],
     ) -> "CoreRows":
         """`centre` is a fixed point near the mean of x: variance is summed about it, and x is as
-        far from it as token by token explained variance has it. `norm` is of decoder rows."""
+        far from it as token by token explained variance has it. `norm` is of decoder rows.
+
+        Raises SaekitError where a row or its reconstruction is not finite.
+        """
         norm = norm.double()
 
         def parts() -> Iterator[Tensor]:
@@ -69,6 +73,8 @@ class CoreRows:
                 yield _of_rows(x[some].double(), x_hat[some].double(), here, norm, centre)
 
         sums = resamples.sums_of(parts(), document)
+        if not bool(sums[0].isfinite().all()):
+            raise not_finite(x)
         apart, apart_square, e, e_square, columns = sums.split(
             [*[x.shape[1]] * 4, len(_COLUMNS)], dim=1
         )
@@ -93,6 +99,23 @@ class CoreRows:
     def residual(self) -> Float[Tensor, "sample d"]:
         """sum of e^2, by dimension."""
         return self.e.second
+
+    @property
+    def quality(self) -> Reconstruction:
+        """Of the rows as they are."""
+        names = ("rows", "nonzero", "hat_square", "dot", "cosine", "ratio")
+        n, nonzero, hat_square, dot, cosine, ratio = (float(self[name][0]) for name in names)
+        return Reconstruction(
+            n=int(n),
+            mean=(self.x.pilot + self.x.first[0] / max(n, 1)).cpu(),
+            scatter=float(self.x.total[0].nan_to_num(0.0)),
+            error=float(self.residual[0].sum()),
+            hat_square=hat_square,
+            dot=dot,
+            n_nonzero=int(nonzero),
+            cosine_sum=cosine,
+            ratio_sum=ratio,
+        )
 
     @property
     def fvu(self) -> Samples:

@@ -12,9 +12,7 @@ vocab.
 """
 
 from dataclasses import dataclass
-from functools import reduce
 from math import isfinite
-from operator import add
 
 import torch
 from jaxtyping import Float, Int
@@ -26,11 +24,17 @@ from saekit.sae import SparseCode
 DENSE = 0.1
 """A latent that fires on more than this share of the rows counts as dense."""
 
-_AT_ONCE = 2**17
-"""Elements of one fp64 `[row, d]` tensor: 1 MiB, which a CPU's cache holds."""
-
 MIN_CE_RISE = 1e-6
 """Nats that an ablation must cost before the share of it that an SAE wins back means anything."""
+
+
+def not_finite(x: Float[Tensor, "row d"]) -> SaekitError:
+    """For rows x of which, or of whose reconstructions, some number is not finite."""
+    which = "the activations" if not x.isfinite().all() else "the reconstructions"
+    return SaekitError(
+        f"{which} contain NaN or infinity, so no metric over them would mean anything; "
+        "check the cache with `saekit verify`, then the SAE's weights"
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,11 +61,6 @@ class Reconstruction:
 
     @classmethod
     def of(cls, x: Float[Tensor, "row d"], x_hat: Float[Tensor, "row d"]) -> "Reconstruction":
-        size = max(1, _AT_ONCE // max(x.shape[1], 1))
-        return reduce(add, map(cls._of, x.split(size), x_hat.split(size)))
-
-    @classmethod
-    def _of(cls, x: Float[Tensor, "row d"], x_hat: Float[Tensor, "row d"]) -> "Reconstruction":
         x, x_hat = x.double(), x_hat.double()
         n = x.shape[0]
         mean = x.mean(0) if n else x.new_zeros(x.shape[1])
@@ -82,11 +81,7 @@ class Reconstruction:
             ]
         ).tolist()
         if not all(map(isfinite, sums)):
-            which = "the activations" if not x.isfinite().all() else "the reconstructions"
-            raise SaekitError(
-                f"{which} contain NaN or infinity, so no metric over them would mean anything; "
-                "check the cache with `saekit verify`, then the SAE's weights"
-            )
+            raise not_finite(x)
         scatter, error, hat_square, dot, n_nonzero, cosines, ratios = sums
         return cls(n, mean.cpu(), scatter, error, hat_square, dot, int(n_nonzero), cosines, ratios)
 

@@ -58,12 +58,9 @@ class Core(Eval):
             self._measure(x, document, resamples, centre)
             for x, document in zip(self.batches(), self.ours(documents), strict=True)
         )
-        quality, firing, rows = reduce(
-            lambda a, b: (a[0] + b[0], a[1] + b[1], a[2] + b[2]), measured
-        )
-        quality, firing = joined(quality, self.mesh), joined(firing, self.mesh)
-        rows = joined(rows, self.mesh)
-        samples = rows.found()
+        firing, rows = reduce(lambda a, b: (a[0] + b[0], a[1] + b[1]), measured)
+        firing, rows = joined(firing, self.mesh), joined(rows, self.mesh)
+        quality, samples = rows.quality, rows.found()
         metrics = {**_reconstruction(quality), **_others(samples, quality.n), **_sparsity(firing)}
         metrics = _with_intervals(metrics, samples, len(resamples.documents))
         if self.cfg.ce_tokens:
@@ -79,11 +76,10 @@ class Core(Eval):
         document: Int[Tensor, " row"],
         resamples: Resamples,
         centre: Float[Tensor, " d"],
-    ) -> tuple[Reconstruction, Firing, CoreRows]:
+    ) -> tuple[Firing, CoreRows]:
         code = self.sae.encode_sparse(x)
         x_hat = self.sae.decode(code, x)
         return (
-            Reconstruction.of(x, x_hat),
             Firing.of(code, self.sae.d_sae),
             CoreRows.of(resamples, x, x_hat, code, self.sae.W_dec.norm(dim=1), document, centre),
         )
