@@ -4,6 +4,7 @@ from, and the SHA-256 of its files."""
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -105,9 +106,11 @@ def parcel(folder: Path, address: str, licence: str | None, title: str | None = 
     sae = folded(stored, folder)
     results = sorted((folder / RESULTS).glob("*.json")) if (folder / RESULTS).is_dir() else []
     own = [file for name in (*_files(stored.format), PARITY) for file in sorted(folder.glob(name))]
-    files: dict[str, Path] = {p.relative_to(folder).as_posix(): p for p in (*own, *results)}
-    sums = {name: file_sha256(path) for name, path in sorted(files.items())}
-    parity = folder / PARITY
+    files: dict[str, Path | bytes] = {p.relative_to(folder).as_posix(): p for p in (*own, *results)}
+    parity = _proof(folder / PARITY)
+    if parity is not None:
+        files[PARITY] = json.dumps(parity, indent=1).encode()
+    sums = {name: _sha256(content) for name, content in sorted(files.items())}
     card = (
         _environment()
         .from_string(_CARD)
@@ -122,7 +125,7 @@ def parcel(folder: Path, address: str, licence: str | None, title: str | None = 
             format=stored.format,
             address=address,
             results=[r for r in map(_result, results) if r is not None],
-            parity=json.loads(parity.read_text(encoding="utf-8")) if parity.is_file() else None,
+            parity=parity,
             sums=sums,
             version=__version__,
         )
@@ -132,13 +135,30 @@ def parcel(folder: Path, address: str, licence: str | None, title: str | None = 
     return Parcel(card, {**files, **extra})
 
 
+def _proof(path: Path) -> dict[str, Any] | None:
+    """What `parity.json` says, less the folders that what was converted lay in."""
+    if not path.is_file():
+        return None
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("sources", "asked_for"):
+        record[name] = [
+            Path(source).name if _of_this_machine(source) else source for source in record[name]
+        ]
+    return record
+
+
+def _sha256(content: Path | bytes) -> str:
+    return file_sha256(content) if isinstance(content, Path) else sha256(content).hexdigest()
+
+
 def machine_paths(files: dict[str, Path | bytes]) -> list[str]:
     """Which paths of this machine the JSON among these files names, as "'/home/me/model' in
     config.json"."""
     found: dict[str, None] = {}
     for name, content in sorted(files.items()):
-        if isinstance(content, Path) and content.suffix == ".json":
-            for text in _texts(json.loads(content.read_text(encoding="utf-8"))):
+        if name.endswith(".json"):
+            data = content.read_bytes() if isinstance(content, Path) else content
+            for text in _texts(json.loads(data)):
                 if _of_this_machine(text):
                     found[f"{text!r} in {name}"] = None
     return list(found)

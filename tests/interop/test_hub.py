@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -249,5 +250,9 @@ def test_a_converted_sae_is_pushed_with_its_proof(
     parcel = _card.parcel(tmp_path / "out", "hf://owner/saes", "other")
     assert "Converted with `saekit convert`; on 256 rows" in parcel.card
     assert "SAE.load_from_disk(folder)" in parcel.card
+    assert not _card.machine_paths(parcel.files)
     _hub.push(parcel.files, "hf://owner/saes")
     assert {"cfg.json", "sae_weights.safetensors", "parity.json"} <= set(hub.files)
+    proof = json.loads(hub.files["parity.json"])
+    assert proof["passed"] and proof["sources"] == [Path(made.path).name]
+    assert sha256(hub.files["parity.json"]).hexdigest() in hub.files["SHA256SUMS"].decode()
