@@ -231,7 +231,7 @@ def evaluate(
             f"evaluation '{name}' takes latents to be in units of the activations, and this SAE "
             f"normalises each row first; {', '.join(right)} are right for it"
         )
-    with torch.no_grad():
+    with torch.no_grad(), mesh.taking_steps(f"ran evaluation '{name}'"):
         found: Findings = kind(
             cfg, sae, cache, hook, out=folder, progress=progress, mesh=mesh
         ).run()

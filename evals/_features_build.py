@@ -3,6 +3,9 @@
 What is being made lies in `results/.features.building` until all of it is there. The same command
 goes on behind the last file, after a kill at any moment, and ends in the same store; another plan
 (SAE, cache or config) starts afresh.
+
+Several processes meet in that folder: each writes files of its own, rank 0 clears it and moves the
+store, and the others see what it saw.
 """
 
 import json
@@ -18,10 +21,12 @@ from filelock import FileLock, Timeout
 from numpy import ndarray
 from safetensors.numpy import load_file, save_file
 
+from saekit.distributed import ALONE, Mesh
 from saekit.errors import SaekitError
 from saekit.features import BUILDING, HEADER, NAME, PROGRESS, Header
 from saekit.files import remove_partial, write_atomic, write_json
 from saekit.progress import Bar, bar
+from saekit.tally import Tally
 
 log = logging.getLogger(__name__)
 
@@ -29,17 +34,22 @@ _STORE, _PLAN, _OLD, _LOCK = "store", "plan.json", ".features.old", ".features.l
 
 
 class Workshop:
-    """The folder in which a store is made. One process at a time."""
+    """The folder in which a store is made: by one process at a time, or by those of one mesh."""
 
-    def __init__(self, results: Path, plan: dict[str, Any], *, progress: bool) -> None:
-        self.results, self.plan, self.progress = results, plan, progress
+    def __init__(
+        self, results: Path, plan: dict[str, Any], *, progress: bool, mesh: Mesh = ALONE
+    ) -> None:
+        self.results, self.plan, self.progress, self.mesh = results, plan, progress, mesh
         self.folder = results / BUILDING
         self.store = self.folder / _STORE
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Hold the folder, and clear away what another plan left. Raises SaekitError where another
-        process holds it."""
+        """Hold the folder, and clear away what another plan left; rank 0 does, and the others find
+        it done after `finished`. Raises SaekitError where another process holds it."""
+        if self.mesh.rank > 0:
+            yield
+            return
         self.results.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.results / _LOCK)
         try:
@@ -56,7 +66,11 @@ class Workshop:
             lock.release()
 
     def finished(self) -> bool:
-        """Whether the store of this plan is there already."""
+        """Whether the store of this plan is there already, as rank 0 sees it."""
+        own = [self._there()] if self.mesh.rank == 0 else []
+        return bool(self.mesh.numbers(own)[0])
+
+    def _there(self) -> bool:
         path = self.results / NAME / HEADER
         try:
             return bool(json.loads(path.read_text(encoding="utf-8"))["plan"] == self.plan)
@@ -68,22 +82,38 @@ class Workshop:
         write_json(self.store / HEADER, {**header.to_dict(), "plan": self.plan})
         self._move()
 
-    def arrays(self, name: str, make: Callable[[], dict[str, ndarray]]) -> dict[str, ndarray]:
-        """Those of a step, made unless they are there."""
-        path = self.folder / f"{name}.safetensors"
-        if not path.exists():
+    def meet(self) -> None:
+        """Wait until all are here."""
+        Tally(self.mesh).meet()
+
+    def make(self, name: str, made: Callable[[], dict[str, ndarray]], by: int = 0) -> None:
+        """The arrays of a step, made unless they are there; of several processes by number `by`,
+        counted round. `arrays` has them once all have met."""
+        path = self._path(name)
+        if self.mesh.rank == by % self.mesh.size and not path.exists():
             self.say(name, 0, 1)
-            made = {key: np.ascontiguousarray(value) for key, value in make().items()}
-            write_atomic(path, lambda temporary: save_file(made, temporary))
-        return load_file(path)
+            found = {key: np.ascontiguousarray(value) for key, value in made().items()}
+            write_atomic(path, lambda temporary: save_file(found, temporary))
+
+    def arrays(self, name: str) -> dict[str, ndarray]:
+        """Those of a step that was made."""
+        return load_file(self._path(name))
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
 
     @contextmanager
     def bar(self, phase: str, total: int, done: int) -> Iterator["Told"]:
-        """A progress bar that is also told of in a file, for the browser to read."""
+        """A progress bar over what all processes do, that is also told of in a file, for the
+        browser to read. It ends when all are through."""
         with bar(f"features: {phase}", total, done=done, shown=self.progress) as shown:
-            yield Told(self, phase, total, done, shown)
+            told = Told(self, phase, total, done, shown)
+            yield told
+            told.meet()
 
     def say(self, phase: str, done: int, total: int) -> None:
+        if self.mesh.rank > 0:
+            return
         write_json(self.folder / PROGRESS, {"phase": phase, "done": done, "total": total})
 
     def _settle(self) -> None:
@@ -91,7 +121,7 @@ class Workshop:
             # Stopped between the last file and the move.
             self._move()
         shutil.rmtree(self.results / _OLD, ignore_errors=True)
-        if self.finished():
+        if self._there():
             self._remove()
             return
         if self.folder.exists() and _read(self.folder / _PLAN) != self.plan:
@@ -120,20 +150,30 @@ class Workshop:
 
 
 class Told:
-    """A running bar."""
+    """A running bar, of the work of all processes."""
 
     def __init__(self, shop: Workshop, phase: str, total: int, done: int, shown: Bar) -> None:
-        self._shop, self._phase, self._total, self._done = shop, phase, total, done
+        self._shop, self._phase, self._total = shop, phase, total
+        self._before = self._done = done
         self._shown = shown
+        self._tally = Tally(shop.mesh)
+        self.dealt = self._tally.dealt
         shop.say(phase, done, total)
 
     def advance(self, amount: int) -> None:
-        self._shown.advance(amount)
+        self._show(self._tally.add(amount))
 
-    def reached(self, done: int) -> None:
-        """What is on disk."""
-        self._done = done
-        self._shop.say(self._phase, done, self._total)
+    def reached(self) -> None:
+        """What is done so far is on disk."""
+        self._shop.say(self._phase, self._done, self._total)
+
+    def meet(self) -> None:
+        self._tally.meet(self._show)
+
+    def _show(self, done: int) -> None:
+        moved, self._done = self._before + done - self._done, self._before + done
+        if moved:
+            self._shown.advance(moved)
 
 
 def _read(path: Path) -> Any:

@@ -1,14 +1,15 @@
 """What an SAE does to a text, on disk and in two orders: by place, and by latent.
 
 The first pass over a cache writes it in pieces, each of which appears whole, so that a pass that
-was stopped goes on behind the last. A piece costs some 12 bytes for each active latent.
+was stopped goes on with the places that no piece has; several processes take a part of these each.
+A piece costs some 12 bytes for each active latent.
 
 Axes: place (tokens of all windows, laid end to end), window, active (a latent at a place where it
 fires), latent (d_sae).
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,7 @@ from numpy import ndarray
 from safetensors.numpy import load_file, save_file
 
 from saekit.activations_cache.store import ActivationCache
-from saekit.errors import CacheError
+from saekit.errors import CacheError, SaekitError
 from saekit.evals._base import EvalConfig
 from saekit.files import write_atomic
 
@@ -78,10 +79,10 @@ class Text:
         )
 
     @classmethod
-    def kept_in(cls, folder: Path, make: Callable[[], "Text"]) -> "Text":
+    def kept_in(cls, folder: Path, make: Callable[[], "Text"] | None = None) -> "Text":
         """That of the folder; where it has none, a new one, which is put there."""
         path = folder / cls.FILE
-        if not path.exists():
+        if make is not None and not path.exists():
             made = make()
             arrays = {name: getattr(made, name) for name in cls.__dataclass_fields__}
             write_atomic(path, lambda temporary: save_file(arrays, temporary))
@@ -105,15 +106,25 @@ class Text:
         row: ndarray = self.first_row[window] + place - self.start[window]
         return row
 
-    def pieces(self, after: int, size: int) -> Iterator[tuple[int, int]]:
-        """Bounds of runs of whole windows behind a place, of at most `size` places where a window
-        is not longer."""
-        at = int(np.searchsorted(self.start, after))
-        while at < len(self.start) - 1:
-            reach = int(np.searchsorted(self.start, self.start[at] + size, side="right")) - 1
-            end = max(at + 1, reach)
-            yield int(self.start[at]), int(self.start[end])
-            at = end
+    def runs(self, there: Sequence[tuple[int, int]], size: int) -> Iterator[tuple[int, int]]:
+        """Bounds of runs of whole windows outside of those that are there, which rise; of at most
+        `size` places where a window is not longer.
+
+        They hang on no more than what is there, whoever asks; and where that was made of such runs,
+        they are those of a pass that was not stopped.
+        """
+        gaps = zip(
+            [0, *(last for _, last in there)],
+            [*(first for first, _ in there), self.n_places],
+            strict=True,
+        )
+        for first, last in gaps:
+            at, end = (int(np.searchsorted(self.start, place)) for place in (first, last))
+            while at < end:
+                reach = int(np.searchsorted(self.start, self.start[at] + size, side="right")) - 1
+                after = min(max(at + 1, reach), end)
+                yield int(self.start[at]), int(self.start[after])
+                at = after
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,22 +162,23 @@ class Writer:
 
     def __init__(self, folder: Path, d_sae: int) -> None:
         self.folder, self.d_sae = folder, d_sae
-        pieces = Spool.files(folder)
-        self.end = _bounds(pieces[-1])[1] if pieces else 0
-        """Places that are on disk."""
         self._codes: list[Coded] = []
-        self._first = self._next = self.end
+        self._first = self._next = 0
 
-    def add(self, end: int, coded: Coded) -> None:
-        """The rows up to place `end`."""
+    def add(self, begin: int, end: int, coded: Coded) -> bool:
+        """The rows of places begin..end; says whether all that it was given is on disk."""
+        if begin != self._next:
+            self.flush()
+            self._first = begin
         self._codes.append(coded)
         self._next = end
         actives = sum(len(code.place) for code in self._codes)
         if end - self._first >= PLACES or actives >= ACTIVE:
             self.flush()
+        return not self._codes
 
     def flush(self) -> None:
-        if self._next == self._first:
+        if not self._codes:
             return
         place, latent, value, of, error, spread = (
             np.concatenate([getattr(code, name) for code in self._codes])
@@ -186,15 +198,25 @@ class Writer:
         }
         path = self.folder / f"piece-{self._first:012d}-{self._next:012d}.safetensors"
         write_atomic(path, lambda temporary: save_file(arrays, temporary))
-        self._first = self.end = self._next
+        self._first = self._next
         self._codes = []
 
 
 class Spool:
     """The pieces, read by latent."""
 
-    def __init__(self, folder: Path) -> None:
-        self.bounds = [_bounds(path) for path in self.files(folder)]
+    def __init__(self, folder: Path, n_places: int) -> None:
+        """Raises SaekitError where the pieces do not have each place once."""
+        self.bounds = self.there(folder)
+        ends = [0, *(last for _, last in self.bounds)]
+        begins = [*(first for first, _ in self.bounds), n_places]
+        if ends != begins:
+            at = next(end for end, begin in zip(ends, begins, strict=True) if end != begin)
+            raise SaekitError(
+                f"the pieces in {folder} do not have each place of the text once (see place {at}): "
+                "several starts wrote there at once, or a process does not see the files of "
+                "another. Delete the folder, and give the same command again"
+            )
         self._pieces = [_mapped(path) for path in self.files(folder)]
         self.count = np.sum([np.diff(piece["offset"]) for piece in self._pieces], axis=0)
         """Actives of each latent."""
@@ -204,6 +226,11 @@ class Spool:
     @staticmethod
     def files(folder: Path) -> list[Path]:
         return sorted(folder.glob("piece-*.safetensors"))
+
+    @classmethod
+    def there(cls, folder: Path) -> list[tuple[int, int]]:
+        """Bounds of the pieces that are on disk, in order."""
+        return [_bounds(path) for path in cls.files(folder)]
 
     def chunks(self, first: int, last: int, at_once: int) -> Iterator[tuple[int, int]]:
         """Bounds of runs of latents that have at most `at_once` actives, or are one latent."""

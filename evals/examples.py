@@ -6,11 +6,13 @@ the rows once, in stored order; the active latents wait on disk, some 12 bytes e
 latent by latent over these, and everything that it finds follows from all places where the latent
 fires: no batch, no sample. `_features_latents` and `_features_near` say what is found and how.
 
+Several processes share the rows of the first pass, in runs that do not hang on their number, and
+the files of the second: the store is that of one process, byte for byte.
+
 Axes: place (tokens of windows, laid end to end), d, d_sae.
 """
 
 import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -20,6 +22,7 @@ import torch
 from numpy import ndarray
 
 from saekit import checkpoint, features
+from saekit.activations_cache.model import LanguageModel
 from saekit.errors import ConfigError
 from saekit.evals import _features_latents
 from saekit.evals._base import Eval, EvalConfig, Findings
@@ -84,6 +87,7 @@ class ExamplesConfig(EvalConfig):
 class Examples(Eval):
     Config: ClassVar[type[EvalConfig]] = ExamplesConfig
     NORMALISED = True
+    SHARES_ROWS = True
     cfg: ExamplesConfig
 
     LATENTS_PER_FILE, LATENTS_PER_GROUP = 4096, 128
@@ -91,18 +95,25 @@ class Examples(Eval):
     def run(self) -> Findings:
         if self.out is not None:
             return self._report(self.build(self.out))
+        if self.mesh.size > 1:
+            raise ConfigError(
+                f"{self.mesh.size} processes make a feature store in a folder that all of them "
+                "see: name one, out=..."
+            )
         with tempfile.TemporaryDirectory() as folder:
             return self._report(self.build(Path(folder)))
 
     def build(self, results: Path) -> FeatureStore:
         """Make the store in a folder of results, or go on where its making stopped.
 
-        Raises SaekitError where another process is at it.
+        Raises SaekitError where another process, which is none of the mesh, is at it.
         """
-        shop = Workshop(results, self._plan(), progress=self.progress)
+        shop = Workshop(results, self._plan(), progress=self.progress, mesh=self.mesh)
         with shop.open():
             if not shop.finished():
                 self._make(shop)
+            # None opens it before rank 0 has moved it.
+            self.mesh.numbers([])
         return FeatureStore.open(results)
 
     def _plan(self) -> dict[str, Any]:
@@ -117,55 +128,88 @@ class Examples(Eval):
         }
 
     def _make(self, shop: Workshop) -> None:
-        cfg, W_dec = self.cfg, self.sae.W_dec
-        model = self.load_model()
-        text = Text.kept_in(shop.folder, lambda: Text.of(self.cache, cfg))
+        first = self.mesh.rank == 0
+        model = self.load_model() if first else None
+        (n_vocab,) = self.mesh.numbers([] if model is None else [len(model.vocab)])
+        if first:
+            Text.kept_in(shop.folder, lambda: Text.of(self.cache, self.cfg))
+        shop.meet()
+        text = Text.kept_in(shop.folder)
         self._encode(shop, text)
-        spool = Spool(shop.folder)
-        known = shop.arrays("logits", lambda: logit_effects(self.sae, model, self.hook, cfg.top))
-        near = shop.arrays("neighbours", lambda: decoder_neighbours(W_dec, cfg.near))
-        known |= near | {"nearest_cosine": near["near_cosine"][:, :1].sum(1)}
-        place = shop.arrays("map", lambda: {"xy": map_of(W_dec, near["near"], near["near_cosine"])})
-        known |= {"x": place["xy"][:, 0], "y": place["xy"][:, 1]}
-        header = self._header(text)
+        spool = Spool(shop.folder, text.n_places)
+        self._look_around(shop, model, spool, text)
         documents = np.unique(text.document)
         files = Files(
             folder=shop.store,
-            header=header,
+            header=self._header(text),
             text=text,
             spool=spool,
-            known=known,
-            peaks=shop.arrays("peaks", lambda: {"place": self._peaks(spool, text)})["place"],
+            known=self._known(shop),
+            peaks=shop.arrays("peaks")["place"],
             documents=documents,
-            n_vocab=len(model.vocab),
+            n_vocab=n_vocab,
         )
-        done = sum(last - first for first, last in self._written(files))
-        with shop.bar("latents", self.sae.d_sae, done) as told:
-            for number in range(files.count):
-                if not files.there(number):
-                    for step in files.write(number):
-                        told.advance(step)
-                    told.reached(files.bounds(number)[1])
-        write_texts(shop.store / "vocab.parquet", model.vocab)
-        write_texts(
-            shop.store / "documents.parquet", [self.cache.documents[at] for at in documents]
-        )
-        shop.finish(header)
+        self._write(shop, files)
+        if model is not None:
+            write_texts(shop.store / "vocab.parquet", model.vocab)
+            names = [self.cache.documents[at] for at in documents]
+            write_texts(shop.store / "documents.parquet", names)
+            shop.finish(files.header)
 
     def _encode(self, shop: Workshop, text: Text) -> None:
-        """The first pass, behind what is on disk."""
-        writer = Writer(shop.folder, self.sae.d_sae)
+        """The first pass, over what is not on disk."""
+        mesh, there = self.mesh, Spool.there(shop.folder)
+        flat = mesh.numbers([place for bounds in there for place in bounds])
+        there = list(zip(flat[::2], flat[1::2], strict=True))
+        runs = list(text.runs(there, self.cfg.batch_size))
+        first, stop = (len(runs) * n // mesh.data for n in (mesh.data_rank, mesh.data_rank + 1))
+        done = sum(int(text.keep[begin:end].sum()) for begin, end in there)
         size = min(self.cfg.batch_size, max(1, _DENSE // self.sae.d_sae))
-        done = int(text.keep[: writer.end].sum())
+        writer = Writer(shop.folder, self.sae.d_sae)
         with shop.bar("rows", text.n_rows, done) as told:
-            for begin, end in text.pieces(writer.end, self.cfg.batch_size):
-                before = writer.end
+            for begin, end in runs[first:stop]:
                 kept = begin + np.flatnonzero(text.keep[begin:end])
-                writer.add(end, self._code(kept, torch.from_numpy(text.row(kept)), size))
+                coded = self._code(kept, torch.from_numpy(text.row(kept)), size)
+                written = writer.add(begin, end, coded)
                 told.advance(len(kept))
-                if writer.end > before:
-                    told.reached(int(text.keep[: writer.end].sum()))
+                if written:
+                    told.reached()
             writer.flush()
+
+    def _look_around(
+        self, shop: Workshop, model: LanguageModel | None, spool: Spool, text: Text
+    ) -> None:
+        """Between the passes: what each latent's row needs to know of others. A process each, rank
+        0 that for which it has the model."""
+        cfg, W_dec = self.cfg, self.sae.W_dec
+
+        def places() -> dict[str, ndarray]:
+            near = shop.arrays("neighbours")
+            return {"xy": map_of(W_dec, near["near"], near["near_cosine"])}
+
+        if model is not None:
+            shop.make("logits", lambda: logit_effects(self.sae, model, self.hook, cfg.top))
+        shop.make("neighbours", lambda: decoder_neighbours(W_dec, cfg.near), by=1)
+        shop.make("map", places, by=1)
+        shop.make("peaks", lambda: {"place": self._peaks(spool, text)}, by=2)
+        shop.meet()
+
+    def _known(self, shop: Workshop) -> dict[str, ndarray]:
+        """Columns of the latents' rows that are known before the second pass."""
+        near, place = shop.arrays("neighbours"), shop.arrays("map")["xy"]
+        known = shop.arrays("logits") | near
+        known |= {"nearest_cosine": near["near_cosine"][:, :1].sum(1)}
+        return known | {"x": place[:, 0], "y": place[:, 1]}
+
+    def _write(self, shop: Workshop, files: Files) -> None:
+        """The second pass, over the files that are not there."""
+        left = self.mesh.numbers([n for n in range(files.count) if not files.there(n)])
+        sizes = {number: last - first for number in left for first, last in [files.bounds(number)]}
+        with shop.bar("latents", self.sae.d_sae, self.sae.d_sae - sum(sizes.values())) as told:
+            for number in told.dealt(left):
+                for step in files.write(number):
+                    told.advance(step)
+                told.reached()
 
     def _code(self, place: ndarray, row: torch.Tensor, size: int) -> Coded:
         """What the SAE makes of some rows, given their places."""
@@ -195,9 +239,6 @@ class Examples(Eval):
             found = _features_latents.peaks(spool.actives(first, last), text, peaks.shape[1])
             peaks[first + found.latent, found.rank] = found.place
         return peaks
-
-    def _written(self, files: Files) -> Iterator[tuple[int, int]]:
-        return (files.bounds(number) for number in range(files.count) if files.there(number))
 
     def _header(self, text: Text) -> Header:
         cfg = self.cfg

@@ -1,8 +1,9 @@
 """The `saekit` command: finds the command asked for, turns errors into one paragraph and an exit
 code.
 
-The commands are the modules of `saekit.commands`. Exit codes: 0 done, 1 failed, 2 wrong usage, 130
-interrupted.
+The commands are the modules of `saekit.commands`; one that says SHARED shares its work among the
+processes of torchrun, and the others refuse to do it once in each. Exit codes: 0 done, 1 failed, 2
+wrong usage, 130 interrupted.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from importlib import import_module
 
 import saekit.commands
 from saekit import __version__
+from saekit.commands._shared import refuse_several
 from saekit.errors import SaekitError
 from saekit.files import disk_full
 
@@ -42,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _show_log()
     try:
         command = import_module(f"saekit.commands.{args.command}")
+        if not getattr(command, "SHARED", False):
+            refuse_several(args.command)
         command.run([arg for arg in rest if arg != "--debug"])
         return 0
     except KeyboardInterrupt:

@@ -9,7 +9,7 @@ Everything goes through torch.distributed; nothing is pickled on the way.
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -47,6 +47,8 @@ class Mesh:
     groups: dict[Axis, Any] = field(default_factory=dict)
     """Process groups of torch; empty for one process."""
     watch: Watch | None = None
+    store: Store | None = None
+    """Where the processes met; None for one."""
 
     @property
     def size(self) -> int:
@@ -143,23 +145,36 @@ class Mesh:
             self._enter()
             dist.broadcast(t, 0, group=self.groups["all"])
 
+    def numbers(self, own: Sequence[int]) -> list[int]:
+        """The whole numbers that rank 0 has."""
+        count = torch.tensor(len(own))
+        self.same(count)
+        found = torch.zeros(int(count), dtype=torch.int64)
+        if self.rank == 0:
+            found[:] = torch.tensor(own, dtype=torch.int64)
+        if len(found):
+            self.same(found)
+        numbers: list[int] = found.tolist()
+        return numbers
+
     def barrier(self) -> None:
         """Wait until all are here."""
         # Of a tensor on the CPU: the host waits, not the device.
         self.reduce(torch.zeros(1), "all")
 
     @contextmanager
-    def taking_steps(self, where: str) -> Iterator[None]:
-        """For the steps that all take together. Raises SaekitError where others are lost."""
+    def taking_steps(self, doing: str) -> Iterator[None]:
+        """For what all do together, such as "trained runs/a". Raises SaekitError where others are
+        lost."""
         try:
             yield
         except RuntimeError as error:
             if self.size == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
                 raise
             raise SaekitError(
-                f"rank {self.rank} of {self.size} lost touch with the others while it trained "
-                f"{where} ({first_line(error)}): one of them ended, and torchrun says which. The "
-                "same command goes on from the last checkpoint, with any number of processes"
+                f"rank {self.rank} of {self.size} lost touch with the others while it {doing} "
+                f"({first_line(error)}): one of them ended, and torchrun says which. The same "
+                "command goes on behind what is complete on disk, with any number of processes"
             ) from error
         finally:
             if self.watch is not None:
@@ -191,6 +206,7 @@ ALONE = Mesh()
 """One process."""
 
 _here = ALONE
+_met: Store | None = None
 
 
 def here() -> Mesh:
@@ -251,6 +267,7 @@ def connect(
 ) -> Mesh:
     """Join the processes that torchrun started to a mesh of (data, latent); once a process, and of
     one process nothing is done. `device` is where this one works."""
+    global _met
     rank, ranks = place()
     if ranks == 1:
         return ALONE
@@ -262,15 +279,15 @@ def connect(
         # The watch comes first, and names who is late.
         timeout = timedelta(seconds=2 * stall_seconds)
         store = next(iter(rendezvous("env://", timeout=timeout)))[0]
-        store = PrefixStore(agreed(store, rank, ranks, stall_seconds), store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
+        _met = PrefixStore(agreed(store, rank, ranks, stall_seconds), store)
+        dist.init_process_group(backend, store=_met, rank=rank, world_size=ranks, timeout=timeout)
     grid = init_device_mesh(device.type, shape, mesh_dim_names=("data", "latent"))
     groups: dict[Axis, Any] = {
         "data": grid.get_group("data"),
         "latent": grid.get_group("latent"),
         "all": dist.group.WORLD,
     }
-    return Mesh(*shape, rank, groups, Watch(rank, ranks, stall_seconds))
+    return Mesh(*shape, rank, groups, Watch(rank, ranks, stall_seconds), _met)
 
 
 def agreed(store: Store, rank: int, ranks: int, seconds: float) -> str:

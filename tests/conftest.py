@@ -1,7 +1,14 @@
 """Things that many tests need: real, small, made here, offline."""
 
 import json
+import multiprocessing
+import runpy
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +21,51 @@ from saekit.trainers.topk import TopKConfig
 
 # Tensors here are so small that a second thread costs more than it brings.
 torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Processes that work together, as torchrun would start them."""
+
+    processes: list[ForkServerProcess]
+
+    def wait(self, seconds: float = 120) -> list[int | None]:
+        """Until all have ended; returns their exit codes. Who has not by then is killed."""
+        for process in self.processes:
+            process.join(seconds)
+        return self.kill()
+
+    def kill(self) -> list[int | None]:
+        for process in self.processes:
+            process.kill()
+            process.join()
+        return [process.exitcode for process in self.processes]
+
+
+@pytest.fixture(scope="session")
+def start_ranks() -> Callable[..., Ranks]:
+    """Starts n processes that run a script by `runpy.run_path`, whose globals are what is given and
+    ENV: the environment that says who each is. What `preload` names is imported once for all."""
+
+    def start(n: int, script: Path, preload: tuple[str, ...] = (), **given: Any) -> Ranks:
+        context = multiprocessing.get_context("forkserver")
+        # Of no effect once the server runs: it is for whoever comes first.
+        context.set_forkserver_preload(["saekit.cli", "saekit.evals._base", *preload])
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        processes = []
+        for rank in range(n):
+            env = {"RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_RANK": str(rank)}
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            process = context.Process(
+                target=runpy.run_path, args=(str(script), {**given, "ENV": env})
+            )
+            process.start()
+            processes.append(process)
+        return Ranks(processes)
+
+    return start
 
 
 @pytest.fixture(autouse=True)

@@ -230,6 +230,40 @@ def test_the_processes_of_torchrun_share_a_harvest(
     assert ActivationCache.open(tmp_path / "c").manifest.ranks == 2
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["report", "run"],
+        ["features", "explain", "run"],
+        ["features", "export", "run"],
+        ["eval", "all", "--sae", "run"],
+        ["demo"],
+    ],
+)
+def test_what_cannot_be_shared_is_refused_to_the_processes_of_torchrun(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    code, _, err = run(capsys, *command)
+    name = " ".join(command[: 1 + (command[0] in ("features", "eval"))])
+    assert code == 2
+    assert f"'saekit {name}' runs in one process, and there are 2: start it without tor" in err
+    assert "Several share the work of: harvest, train, eval core" in err
+
+
+def test_several_processes_do_not_harvest_for_a_feature_store(
+    tiny_cache: ActivationCache,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    code, _, err = run(capsys, "features", "build", tmp_path, "--dataset", "demo")
+    assert code == 2 and "2 processes build from a cache that is there: leave out --dataset" in err
+
+
 def test_the_processes_of_torchrun_take_the_runs_of_a_sweep_in_turn(
     tiny_cache: ActivationCache,
     tmp_path: Path,

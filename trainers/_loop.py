@@ -119,7 +119,8 @@ class _Together:
         results: dict[Run, SAE | Diverged] = {}
         mesh = self.runs[0].mesh
         try:
-            with mesh.taking_steps(", ".join(str(run.out or run.name) for run in self.runs)):
+            names = ", ".join(str(run.out or run.name) for run in self.runs)
+            with mesh.taking_steps(f"trained {names}"):
                 self._steps(results)
         finally:
             for run in self.runs:

@@ -20,7 +20,8 @@ class BuildArgs(ConfigArgs):
     histogram, statistics, tokens, neighbours. What was stopped goes on with the same command.
 
     The texts are those of a cache; or, with --dataset, text that the SAE's model reads first, whose
-    activations are kept beside the SAE's folder."""
+    activations are kept beside the SAE's folder. The processes of torchrun share the rows of a
+    cache, and then the latents."""
 
     sae: Positional[Path]
     """Folder of the SAE: a run."""
@@ -41,9 +42,11 @@ class BuildArgs(ConfigArgs):
 
 def run(argv: list[str]) -> None:
     argv, given = toml(argv)
+    from saekit.activations_cache.job import resolve_device
     from saekit.activations_cache.store import ActivationCache
     from saekit.activations_cache.unshuffled import unshuffled
     from saekit.checkpoint import load
+    from saekit.distributed import connect, disconnect, place
     from saekit.evals._base import evaluate
     from saekit.evals.examples import ExamplesConfig
     from saekit.features import NAME
@@ -54,6 +57,12 @@ def run(argv: list[str]) -> None:
         raise ConfigError(
             f"cache {args.cache} and --dataset {args.dataset} are both given: the texts are those "
             "of the one or the other"
+        )
+    rank, ranks = place()
+    if ranks > 1 and args.dataset is not None:
+        raise ConfigError(
+            f"{ranks} processes build from a cache that is there: leave out --dataset, and give "
+            "the cache that torchrun ... saekit harvest makes of that text"
         )
     sae = load(args.sae)
     if args.dataset is not None:
@@ -66,8 +75,18 @@ def run(argv: list[str]) -> None:
         cache = cache_of(args.sae)
     out = args.out or args.sae / RESULTS
     result = evaluate(
-        "examples", sae, cache, hook=args.hook, config=args.config, out=out, progress=True
+        "examples",
+        sae,
+        cache,
+        hook=args.hook,
+        config=args.config,
+        out=out,
+        progress=rank == 0,
+        mesh=connect((ranks, 1), resolve_device(args.config.device)),
     )
+    disconnect()
+    if rank > 0:
+        return
     print_metrics(result)
     print(f"{out / NAME}\nNext: saekit dashboard {args.sae}")
 

@@ -3,6 +3,7 @@
 The flags of a command are the fields of its arguments and of the config that they hold.
 """
 
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, make_dataclass
@@ -72,6 +73,23 @@ def toml(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     from saekit.config import read_toml
 
     return argv[1:], read_toml(Path(argv[0]))
+
+
+def refuse_several(command: str) -> None:
+    """Raises ConfigError where torchrun started several processes, all of which would do the whole
+    work."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return
+    # It imports torch.
+    from saekit.distributed import place
+
+    _, ranks = place()
+    if ranks > 1:
+        raise ConfigError(
+            f"'saekit {command}' runs in one process, and there are {ranks}: start it without "
+            "torchrun. Several share the work of: harvest, train, eval core, eval examples, "
+            "features build"
+        )
 
 
 def choice(argv: list[str], command: str, what: str, known: list[str]) -> tuple[str, list[str]]:

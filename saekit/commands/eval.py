@@ -4,17 +4,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saekit.commands._shared import ConfigArgs, choice, parse, print_metrics, toml
+from saekit.commands._shared import ConfigArgs, choice, parse, print_metrics, refuse_several, toml
 from saekit.errors import ConfigError
 
 if TYPE_CHECKING:
     from saekit.activations_cache.store import ActivationCache
 
+SHARED = True
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalArgs(ConfigArgs):
     """Evaluate a sparse autoencoder on a cache, by default on documents that training never saw.
-    The processes of torchrun share the rows, where an evaluation can be shared: core."""
+    The processes of torchrun share the rows, where an evaluation can be shared: core, examples."""
 
     sae: Path
     """Folder of the SAE: a run, or one of another tool's (then name the cache and the hook)."""
@@ -40,11 +42,7 @@ def run(argv: list[str]) -> None:
     rank, ranks = place()
     name, argv = choice(argv, "eval", "NAME", [*_kinds.names(), "all"])
     if name == "all":
-        if ranks > 1:
-            raise ConfigError(
-                f"'saekit eval all' runs in one process, and there are {ranks}: start it without "
-                "torchrun, or one evaluation that several processes share, such as core"
-            )
+        refuse_several("eval all")
         _eval_all.run(argv)
         return
     argv, given = toml(argv)

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from saekit.commands._shared import ConfigArgs, parse, toml
 
+SHARED = True
+
 
 @dataclass(frozen=True, kw_only=True)
 class HarvestArgs(ConfigArgs):

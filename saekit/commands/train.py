@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from saekit.activations_cache.store import ActivationCache
     from saekit.trainers._run import Callback
 
+SHARED = True
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Common(Args):

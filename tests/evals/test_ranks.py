@@ -1,8 +1,6 @@
 """The core row by two processes, which look at half of the rows each."""
 
-import multiprocessing
-import runpy
-import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,33 +29,22 @@ TOLERANCE = 1e-12
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory, tiny_cache: ActivationCache) -> Path:
+def found(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_cache: ActivationCache,
+    start_ranks: Callable[..., Any],
+) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     checkpoint.save(some_sae(), folder / "sae")
-    context = multiprocessing.get_context("forkserver")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    processes = []
-    for rank in range(2):
-        env = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-        given = {
-            "ENV": {**env, "MASTER_PORT": port},
-            "SAE": str(folder / "sae"),
-            "CACHE": tiny_cache.location,
-            "HOOK": HOOK,
-            "CONFIGS": CONFIGS,
-            "OUT": str(folder),
-            "LOGITS": LOGITS,
-        }
-        process = context.Process(target=runpy.run_path, args=(str(SCRIPT), given))
-        process.start()
-        processes.append(process)
-    for process in processes:
-        process.join(120)
-        process.kill()
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0]
+    given = {
+        "SAE": str(folder / "sae"),
+        "CACHE": tiny_cache.location,
+        "HOOK": HOOK,
+        "CONFIGS": CONFIGS,
+        "OUT": str(folder),
+        "LOGITS": LOGITS,
+    }
+    assert start_ranks(2, SCRIPT, **given).wait() == [0, 0]
     return folder
 
 
@@ -90,4 +77,4 @@ def test_an_evaluation_that_cannot_be_shared_is_refused_by_name(name: str, found
     for rank in range(2):
         said = (found / f"refused-{name}-{rank}").read_text()
         assert f"evaluation '{name}' runs in one process, and there are 2" in said
-        assert said.endswith("Several can share the rows of: core")
+        assert said.endswith("Several can share the rows of: core, examples")
