@@ -3,17 +3,21 @@
 import dataclasses
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from saekit import ActivationCache, HarvestConfig, evaluate, harvest, train
+from saekit import ActivationCache, HarvestConfig, checkpoint, evaluate, harvest, train
 from saekit.activations_cache.model import LanguageModel
 from saekit.activations_cache.verify import verify
 from saekit.errors import CacheError, ConfigError, SaekitError
+from saekit.evals._controls import random_pursuit_sae, random_sae
+from saekit.evals._edits import Candidates
 from saekit.evals._indirect_object_prompts import (
     ATTRIBUTES,
     ROLES,
@@ -23,14 +27,17 @@ from saekit.evals._indirect_object_prompts import (
     make,
 )
 from saekit.evals._resample import FEW
+from saekit.evals._task_codes import Coder
 from saekit.evals._task_patch import Patcher
 from saekit.evals._task_scores import Table, effect, necessity, recovered, sufficiency
 from saekit.evals.indirect_object import IndirectObjectConfig
-from saekit.results import EvalResult
+from saekit.results import EvalResult, Provenance
 from saekit.sae import SAE, ReLU, TopK
+from saekit.seeds import stream
 from saekit.trainers.topk import TopKConfig
 
 HOOK = "resid_post.1"
+Agree = Callable[..., None]
 NAMES = ("George", "Emily", "Robert", "Rachel", "Kate", "Peter", "Helen", "David")
 SMALL: dict[str, Any] = {
     "n_fit": 48,
@@ -264,75 +271,12 @@ def test_an_exact_sae_does_all_and_leaves_nothing(wide_exact: SAE, cache: Activa
     assert numbers["io_share_sae_k512"] == pytest.approx(1, abs=0.02)
 
 
-def test_numbers_agree_with_prompts_run_one_by_one(
-    found: EvalResult, sparse: SAE, model: LanguageModel
-) -> None:
-    n, places = 3, [0, 1, 2, 3]
-    every = make(model, 60, 0, "test", NAMES)
-    fit, test = every[:48], every[48:51]
-
-    def read(prompts: Prompts, row: int) -> Tensor:
-        ids = prompts.ids[row, : prompts.length[row]][None]
-        seen = model.capture(model.inputs(ids), [HOOK])[HOOK]
-        return seen[0, prompts.at[row, places]].double()
-
-    mean = torch.stack([read(fit, row) for row in range(len(fit))]).mean(0)
-    target = changed(test, "IO", 0)
-    ld: dict[str, list[float]] = {"clean": [], "abl": [], "sae": [], "without": [], "edit": []}
-    ld["patch"] = []
-    agree, untouched = 0, 0
-    for row in range(n):
-        a, b = read(test, row), read(target, row)
-        z_a, z_b = (sparse.encode(x.float()).double() for x in (a, b))
-        x_hat = z_a @ sparse.W_dec.double()
-        edited = a.clone()
-        for place in places:
-            left = ((z_a[place] > 0) | (z_b[place] > 0)).nonzero()[:, 0].tolist()
-            for _ in range(2):
-                steps = {
-                    j: (z_b[place, j] - z_a[place, j]) * sparse.W_dec[j].double() for j in left
-                }
-                away = {j: float((edited[place] + s - b[place]).norm()) for j, s in steps.items()}
-                best = min(away, key=lambda j: away[j])
-                if away[best] < float((edited[place] - b[place]).norm()):
-                    edited[place] += steps[best]
-                    left.remove(best)
-        runs = {"abl": mean, "sae": x_hat, "without": mean + a - x_hat, "edit": edited}
-        difference, top = one_answer(model, test, row, places, None)
-        ld["clean"].append(difference)
-        patched, wanted = one_answer(model, test, row, places, b.float())
-        ld["patch"].append(patched)
-        untouched += top == wanted
-        for name, new in runs.items():
-            difference, top = one_answer(model, test, row, places, new.float())
-            ld[name].append(difference)
-            agree += name == "edit" and top == wanted
-    clean, ablated, x_hat_ld, without, edit, patch = (sum(some) / n for some in ld.values())
-    numbers = values(found)
-    expected = {
-        "ld_clean": clean,
-        "ld_mean_ablated": ablated,
-        "sae_ld": x_hat_ld,
-        "sae_necessity_ld": without,
-        "io_ld_sae_k2": edit,
-        "io_ld_patch": patch,
-        "io_effect_sae_k2": (edit - clean) / (patch - clean),
-        "sae_sufficiency": x_hat_ld / clean,
-        "sae_recovered_mean": abs(x_hat_ld - ablated) / abs(clean - ablated),
-        "sae_necessity_mean": 1 - abs(ablated - without) / abs(ablated - clean),
-        "io_agreement_sae_k2": agree / n,
-        "io_agreement_none": untouched / n,
-    }
-    # Logits are fp32, and those of a batch are not those of a prompt alone to the last digit.
-    assert {name: numbers[name] for name in expected} == pytest.approx(expected, abs=2e-3)
-
-
 class Told:
-    """What latents tell, in plain loops: `fires[row][place][latent]`, and what each prompt is."""
+    """What latents tell, in plain loops: `z[row][place][latent]`, and what each prompt is."""
 
-    def __init__(self, sae: SAE, model: LanguageModel, prompts: Prompts) -> None:
-        self.x = Patcher(model, HOOK, (0, 1, 2, 3), 64, lambda _: None).read(prompts)
-        self.z = sae.encode(self.x.flatten(0, 1)).view(*self.x.shape[:2], -1).tolist()
+    def __init__(self, sae: SAE, x: Tensor, prompts: Prompts) -> None:
+        self.z = [[one(sae.encode, place).tolist() for place in row] for row in x]
+        self.values = [list(zip(*rows, strict=True)) for rows in zip(*self.z, strict=True)]
         order, n = prompts.order.tolist(), len(prompts.names)
         self.families: dict[str, tuple[list[int], int, int]] = {"pos": (order, 2, 1)}
         for name, of in (("io", prompts.io.tolist()), ("s", prompts.subject.tolist())):
@@ -340,32 +284,50 @@ class Told:
             for i, end in enumerate(("abb", "bab")):
                 here = [v if o == i else -1 for v, o in zip(of, order, strict=True)]
                 self.families[f"{name}_{end}"] = (here, n, n // 4)
+        self.holds = {
+            name: [{row for row, v in enumerate(of) if v == value} for value in range(size)]
+            for name, (of, size, _) in self.families.items()
+        }
+        self.fires: dict[tuple[int, int, float], set[int]] = {}
+        self.best: dict[tuple[int, int, str], tuple[float, set[int]]] = {}
 
     def f1(self, place: int, latent: int, family: str, union: set[int], least: float = 0) -> float:
-        told: list[float] = [row[place][latent] for row in self.z]
-        fires = [v >= least if least else v > 0 for v in told]
-        holds = [v in union for v in self.families[family][0]]
-        both = sum(map(bool, fires)) + sum(holds)
-        return 2 * sum(a and b for a, b in zip(fires, holds, strict=True)) / max(both, 1)
+        """Of firing, or of a value of `least` or more, as a classifier of these values."""
+        key = place, latent, least
+        if key not in self.fires:
+            values = enumerate(self.values[place][latent])
+            self.fires[key] = {row for row, v in values if v > 0 and v >= least}
+        fires, holds = self.fires[key], self.holds[family]
+        both = sum(len(fires & holds[v]) for v in union)
+        return 2 * both / max(len(fires) + sum(len(holds[v]) for v in union), 1)
 
     def union(self, place: int, latent: int, family: str) -> tuple[float, set[int]]:
         """The best that greedy search finds; of equals, the first."""
-        chosen: set[int] = set()
-        best, (_, size, most) = 0.0, self.families[family]
-        for _ in range(most):
-            left = {
-                v: self.f1(place, latent, family, chosen | {v})
-                for v in range(size)
-                if v not in chosen
-            }
-            top = max(left, key=lambda v: left[v])
-            if chosen and left[top] <= best:
-                break
-            chosen, best = chosen | {top}, left[top]
-        return best, chosen
+        key = place, latent, family
+        if key not in self.best:
+            chosen: set[int] = set()
+            best, (_, size, most) = 0.0, self.families[family]
+            for _ in range(most):
+                left = {
+                    v: self.f1(place, latent, family, chosen | {v})
+                    for v in range(size)
+                    if v not in chosen
+                }
+                top = max(left, key=lambda v: left[v])
+                if chosen and left[top] <= best:
+                    break
+                chosen, best = chosen | {top}, left[top]
+            self.best[key] = best, chosen
+        return self.best[key]
+
+    def tells(self, place: int, latent: int, group: tuple[str, ...]) -> float:
+        """The best F1 of the latent at a place; 0 where it never fires."""
+        if not any(self.values[place][latent]):
+            return 0.0
+        return max(self.union(place, latent, family)[0] for family in group)
 
     def alive(self, place: int) -> list[int]:
-        return [i for i in range(80) if any(row[place][i] > 0 for row in self.z)]
+        return [i for i, some in enumerate(self.values[place]) if any(v > 0 for v in some)]
 
 
 GROUPS = {"io": ("io", "io_abb", "io_bab"), "s": ("s", "s_abb", "s_bab"), "pos": ("pos",)}
@@ -388,7 +350,7 @@ def held_out_of_thresholds(fit: Told, test: Told) -> list[float]:
     found: dict[int, tuple[float, float]] = {}
     for place in range(4):
         for latent in fit.alive(place):
-            values = sorted({row[place][latent] for row in fit.z} - {0.0}, reverse=True)
+            values = sorted(set(fit.values[place][latent]) - {0.0}, reverse=True)
             for least in values:
                 for family, (_, size, _) in fit.families.items():
                     for value in range(size):
@@ -399,48 +361,244 @@ def held_out_of_thresholds(fit: Told, test: Told) -> list[float]:
     return [f1 for _, f1 in found.values()]
 
 
-def test_counts_of_latents_that_tell_agree_with_plain_loops(
-    sparse: SAE, model: LanguageModel, found: EvalResult
-) -> None:
-    every = make(model, 60, 0, "test", NAMES)
-    fit, test = Told(sparse, model, every[:48]), Told(sparse, model, every[48:])
-    f1 = {name: held_out(fit, test, group) for name, group in GROUPS.items()}
-    f1["any"] = held_out(fit, test, sum(GROUPS.values(), ()))
-    f1["best_threshold"] = held_out_of_thresholds(fit, test)
-    expected = {
-        f"sae_f1_{round(100 * least)}_{name}": sum(v >= least - 1e-12 for v in some)
-        for name, some in f1.items()
-        for least in (0.8, 0.5)
-    }
-    numbers = values(found)
-    assert {name: numbers[name] for name in expected} == expected
-    assert 0 < expected["sae_f1_50_any"] < 80
+class Task:
+    """The task once more, prompt by prompt and place by place: everything but the passes of model
+    and SAEs in float64."""
+
+    def __init__(self, sae: SAE, cache: ActivationCache, model: LanguageModel) -> None:
+        self.model = model
+        every = make(model, 60, 0, "test", NAMES)
+        self.fit, self.test = every[:48], every[48:]
+        self.x_fit, self.x_test = self.read(self.fit), self.read(self.test)
+        self.saes = {
+            "sae": sae,
+            "random_sae": random_sae(sae, cache, HOOK),
+            "random_pursuit": random_pursuit_sae(sae, cache, HOOK),
+        }
+        self.mean = self.x_fit.mean(0)
+        of = [(p.io.tolist(), p.subject.tolist(), p.order.tolist()) for p in (self.fit, self.test)]
+        self.of_fit, self.of_test = (list(zip(*some, strict=True)) for some in of)
+        self.codes = {"mean_code": self.mean_codes(), "mse_code": self.mse_codes()}
+
+    def read(self, prompts: Prompts) -> Tensor:
+        found = []
+        for row in range(len(prompts)):
+            ids = prompts.ids[row, : prompts.length[row]][None]
+            seen = self.model.capture(self.model.inputs(ids), [HOOK])[HOOK]
+            found.append(seen[0, prompts.at[row]].double())
+        return torch.stack(found)
+
+    def mean_codes(self) -> dict[tuple[int, int], Tensor]:
+        """u[attribute, value], of all places."""
+        codes = {}
+        for i in range(3):
+            for value in {known[i] for known in self.of_fit}:
+                alike = [
+                    a for a, known in zip(self.x_fit, self.of_fit, strict=True) if known[i] == value
+                ]
+                codes[i, value] = torch.stack(alike).mean(0) - self.mean
+        return codes
+
+    def mse_codes(self) -> dict[tuple[int, int], Tensor]:
+        """The least squares solution that is shortest."""
+        keys = sorted({(i, known[i]) for known in self.of_fit for i in range(3)})
+        hot = np.array([[float(known[i] == v) for i, v in keys] for known in self.of_fit])
+        centred = (self.x_fit - self.mean).flatten(1).numpy()
+        solved = torch.from_numpy(np.linalg.lstsq(hot, centred, rcond=None)[0])
+        return {key: row.view_as(self.mean) for key, row in zip(keys, solved, strict=True)}
+
+    def x_hat(self, who: str, row: int) -> Tensor:
+        """Of a prompt of the test."""
+        if who in self.codes:
+            parts = [self.codes[who][i, v] for i, v in enumerate(self.of_test[row])]
+            return self.mean + sum(parts, torch.zeros(1))
+        sae, places = self.saes[who], self.x_test[row].float()
+        hats = [sae.decode(sae.encode_sparse(x[None]), x[None])[0] for x in places]
+        return torch.stack(hats).double()
+
+    def run(self, row: int, new: Tensor | None) -> tuple[float, int]:
+        """Logit difference and answer of a prompt of the test."""
+        places = [0, 1, 2, 3]
+        return one_answer(self.model, self.test, row, places, None if new is None else new.float())
 
 
-def test_what_codes_explain_agrees_with_plain_loops(
-    sparse: SAE, model: LanguageModel, found: EvalResult
-) -> None:
-    every = make(model, 60, 0, "test", NAMES)
-    fit, test = Told(sparse, model, every[:48]), Told(sparse, model, every[48:])
-    numbers = values(found)
-    x, fitted = (told.x.double().flatten(1) for told in (test, fit))
-    mu, mean = x.mean(0), fitted.mean(0)
-    of_fit, of_test = (
-        list(zip(p.io.tolist(), p.subject.tolist(), p.order.tolist(), strict=True))
-        for p in (every[:48], every[48:])
+def one(encode: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The latents of one activation, as the SAE's own pass gives them."""
+    return encode(x.float()[None])[0].double()
+
+
+@pytest.fixture(scope="module")
+def task(sparse: SAE, cache: ActivationCache, model: LanguageModel) -> Task:
+    return Task(sparse, cache, model)
+
+
+@pytest.fixture(scope="module")
+def refitted(sparse: SAE, cache: ActivationCache, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As if trained on activations without the code of the IO."""
+    rows = torch.randn(80, 256, generator=torch.Generator().manual_seed(5))
+    origin = Provenance(
+        kind="topk",
+        hook=f"{HOOK}:without_100_io",
+        model=cache.model,
+        model_fingerprint=cache.model_fingerprint,
+        cache_fingerprint=cache.fingerprint,
+        config={},
+        rows_seen=1,
+        versions={},
     )
-    code = []
-    for row in of_test:
-        y = mean.clone()
-        for i, value in enumerate(row):
-            alike = [a for a, known in zip(fitted, of_fit, strict=True) if known[i] == value]
-            y += torch.stack(alike).mean(0) - mean
-        code.append(y)
-    x_hat = sparse(test.x.flatten(0, 1)).double().view(len(x), -1)
-    for name, guess in (("sae", x_hat), ("mean_code", torch.stack(code))):
-        left = sum(float((a - b) @ (a - b)) for a, b in zip(x, guess, strict=True))
-        whole = sum(float((a - mu) @ (a - mu)) for a in x)
-        assert numbers[f"{name}_ev"] == pytest.approx(1 - left / whole, rel=1e-6), name
+    folder = tmp_path_factory.mktemp("refitted")
+    sae = dataclasses.replace(sparse, W_enc=rows.T.contiguous(), W_dec=rows, provenance=origin)
+    checkpoint.save(sae, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(sparse: SAE, cache: ActivationCache, refitted: Path) -> EvalResult:
+    """Prompts and places one by one, so that the passes are those of the loops to the last digit:
+    sums in float32 depend on what stands beside a row."""
+    return run(sparse, cache, batch_size=1, refitted=(str(refitted),))
+
+
+def exchanged(z_a: Tensor, z_b: Tensor, W_dec: Tensor, order: list[int]) -> tuple[Tensor, float]:
+    """What exchanging these latents adds, and their share of the reconstruction."""
+    step = sum(((z_b[j] - z_a[j]) * W_dec[j] for j in order), torch.zeros(1))
+    v = sum((z_a[j] * W_dec[j] for j in range(len(W_dec))), torch.zeros(1))
+    square = float(v @ v)
+    return step, sum(float(z_a[j] * (W_dec[j] @ v)) / square for j in order)
+
+
+def greedy(z_a: Tensor, z_b: Tensor, W_dec: Tensor, a: Tensor, b: Tensor) -> list[int]:
+    """The two latents that bring a nearest to b, one after the other."""
+    left, chosen, at = [j for j in range(len(z_a)) if z_a[j] != z_b[j]], [], a.clone()
+    while left and len(chosen) < 2:
+        steps = {j: (z_b[j] - z_a[j]) * W_dec[j] for j in left}
+        away = {j: float((at + step - b).norm()) for j, step in steps.items()}
+        best = min(away, key=lambda j: away[j])
+        if away[best] >= float((at - b).norm()):
+            break
+        at = at + steps[best]
+        left.remove(best)
+        chosen.append(best)
+    return chosen
+
+
+def test_losses_and_edits_agree_with_prompts_run_one_by_one(
+    alone: EvalResult, task: Task, agree: Agree
+) -> None:
+    n = 3
+    clean = [task.run(row, None) for row in range(n)]
+    expected = {"ld_clean": sum(d for d, _ in clean) / n}
+    expected["accuracy"] = sum(d > 0 for d, _ in clean) / n
+    answer = task.test.token[task.test.io].tolist()
+    expected["top1"] = sum(top == io for (_, top), io in zip(clean, answer, strict=False)) / n
+
+    def ld(new: Callable[[int], Tensor]) -> float:
+        return sum(task.run(row, new(row))[0] for row in range(n)) / n
+
+    ablated = expected["ld_mean_ablated"] = ld(lambda row: task.mean)
+    of_clean = expected["ld_clean"]
+    for who in (*task.saes, *task.codes):
+        hats = [task.x_hat(who, row) for row in range(len(task.test))]
+        x_hat = ld(lambda row, hats=hats: hats[row])  # type: ignore[misc]
+        without = ld(lambda row, hats=hats: task.mean + task.x_test[row] - hats[row])  # type: ignore[misc]
+        x, mu = task.x_test, task.x_test.mean(0)
+        error = math.fsum(float((a - b).square().sum()) for a, b in zip(x, hats, strict=True))
+        expected |= {
+            f"{who}_ld": x_hat,
+            f"{who}_necessity_ld": without,
+            f"{who}_sufficiency": x_hat / of_clean,
+            f"{who}_recovered_mean": abs(x_hat - ablated) / abs(of_clean - ablated),
+            f"{who}_necessity_mean": 1 - abs(ablated - without) / abs(ablated - of_clean),
+            f"{who}_ev": 1 - error / math.fsum(float((a - mu).square().sum()) for a in x),
+        }
+    target = changed(task.test[:n], "IO", 0)
+    b, told = task.read(target), Told(task.saes["sae"], task.x_fit, task.fit)
+    patched = [task.run(row, b[row]) for row in range(n)]
+    patch = expected["io_ld_patch"] = sum(d for d, _ in patched) / n
+    edits: dict[str, list[Tensor]] = {}
+    shares: dict[str, list[float]] = {}
+    for who, codes in task.codes.items():
+        new = [(codes[0, int(target.io[r])] - codes[0, task.of_test[r][0]]) for r in range(n)]
+        edits[who] = [task.x_test[row] + new[row] for row in range(n)]
+    # A draw for each slot that a latent may have.
+    pairs = (Coder(task.saes["sae"], 1).code(x.float()) for x in (task.x_test[:n], b))
+    slots = Candidates.of(*pairs).latent.tolist()
+    draws = torch.rand(n * 4, 12, generator=stream("random latents", 0)).tolist()
+    for who, sae in task.saes.items():
+        W_dec = sae.W_dec.double()
+        for row in range(n):
+            orders: dict[str, list[Tensor]] = {}
+            for place in range(4):
+                a = task.x_test[row, place]
+                z_a, z_b = one(sae.encode, a), one(sae.encode, b[row, place])
+                choice = {who: greedy(z_a, z_b, W_dec, a, b[row, place])}
+                if who == "sae":
+                    usable = [j for j in range(80) if z_a[j] != z_b[j]]
+                    f1 = {j: told.tells(place, j, GROUPS["io"]) for j in usable}
+                    choice["by_f1"] = sorted(usable, key=lambda j: (-f1[j], j))[:2]
+                    draw = dict(zip(slots[4 * row + place], draws[4 * row + place], strict=True))
+                    choice["random_latents"] = sorted(usable, key=lambda j: -draw[j])[:2]
+                for how, order in choice.items():
+                    step, share = exchanged(z_a, z_b, W_dec, order)
+                    orders.setdefault(how, []).append(a + step)
+                    shares.setdefault(how, []).append(share)
+            for how, places in orders.items():
+                edits.setdefault(f"{how}_k2", []).append(torch.stack(places))
+    expected |= {f"io_share_{how}_k2": sum(some) / (4 * n) for how, some in shares.items()}
+    answers = {how: [task.run(row, x[row]) for row in range(n)] for how, x in edits.items()}
+    for how, some in {**answers, "none": clean}.items():
+        agreed = sum(top == wanted for (_, top), (_, wanted) in zip(some, patched, strict=True))
+        expected[f"io_agreement_{how}"] = agreed / n
+        expected[f"io_ld_{how}"] = sum(d for d, _ in some) / n
+        if how != "none":
+            expected[f"io_effect_{how}"] = (expected[f"io_ld_{how}"] - of_clean) / (
+                patch - of_clean
+            )
+    sae = task.saes["sae"]
+    for verb in ("keep", "remove"):
+
+        def cut(row: int, verb: str = verb) -> Tensor:
+            x = task.x_test[row].clone()
+            for place in range(4):
+                z = one(sae.encode, task.x_test[row, place])
+                for j in z.nonzero()[:, 0].tolist():
+                    telling = told.tells(place, j, GROUPS["io"] + GROUPS["s"]) >= 0.6
+                    if telling == (verb == "remove"):
+                        x[place] -= z[j] * sae.W_dec[j].double()
+            return x
+
+        expected[f"sae_{verb}_f1_60_ld"] = ld(cut)
+    # Logits of 15 and more, in fp32.
+    agree(alone, expected, abs=1e-5)
+
+
+def test_counts_of_latents_that_tell_agree_with_plain_loops(
+    alone: EvalResult, task: Task, refitted: Path, agree: Agree
+) -> None:
+    expected = {}
+    for who, sae in task.saes.items():
+        fit, test = Told(sae, task.x_fit, task.fit), Told(sae, task.x_test, task.test)
+        f1 = {name: held_out(fit, test, group) for name, group in GROUPS.items()}
+        f1["any"] = held_out(fit, test, sum(GROUPS.values(), ()))
+        f1["best_threshold"] = held_out_of_thresholds(fit, test)
+        expected |= {
+            f"{who}_f1_{round(100 * least)}_{name}": sum(v >= least - 1e-12 for v in some)
+            for name, some in f1.items()
+            for least in (0.8, 0.5)
+        }
+    codes = task.codes["mse_code"]
+    without = [
+        torch.stack([a - codes[0, known[0]] for a, known in zip(x, of, strict=True)])
+        for x, of in ((task.x_fit, task.of_fit), (task.x_test, task.of_test))
+    ]
+    for who, sae in (("sae", task.saes["sae"]), ("refitted", checkpoint.load(refitted))):
+        fit, test = Told(sae, without[0], task.fit), Told(sae, without[1], task.test)
+        for name in ("io", "s"):
+            some = held_out(fit, test, GROUPS[name])
+            key = f"{who}_f1_50_{name}_without_100_io"
+            expected[key] = sum(v >= 0.5 - 1e-12 for v in some)
+    agree(alone, expected)
+    assert 0 < expected["sae_f1_50_any"] < 80
 
 
 def test_batch_size_changes_no_number(
