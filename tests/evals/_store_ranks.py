@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from saekit import ActivationCache, checkpoint, evaluate
@@ -17,9 +18,11 @@ from saekit.evals.examples import Examples, ExamplesConfig
 
 def small() -> None:
     """Of a tiny store many pieces and files."""
-    _features_spool.PLACES = 100
-    examples.AT_ONCE = 50
-    Examples.LATENTS_PER_FILE, Examples.LATENTS_PER_GROUP = 8, 4
+    changed = pytest.MonkeyPatch()
+    changed.setattr(_features_spool, "PLACES", 100)
+    changed.setattr(examples, "AT_ONCE", 50)
+    changed.setattr(Examples, "LATENTS_PER_FILE", 8)
+    changed.setattr(Examples, "LATENTS_PER_GROUP", 4)
 
 
 def die() -> None:
@@ -50,7 +53,9 @@ if __name__ == "<run_path>":
             if given["job"].get("kill_in") == "files" and mesh.rank == 1:
                 die()
 
-    Examples._code, Files.write = counted_code, counted_write  # type: ignore[method-assign]
+    counted = pytest.MonkeyPatch()
+    counted.setattr(Examples, "_code", counted_code)
+    counted.setattr(Files, "write", counted_write)
     for job in given["JOBS"]:
         given["job"] = job
         counts.update(rows=0, files=0)

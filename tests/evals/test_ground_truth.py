@@ -188,7 +188,8 @@ def by_cosine(
 ) -> tuple[dict[str, float], dict[str, Matching]]:
     """All numbers by cosine, and of each sign the matching (feature, latent) and the feature that
     each latent is nearest to."""
-    found, matching = {}, {}
+    found: dict[str, float] = {}
+    matching: dict[str, Matching] = {}
     n = len(rows)
     small, large = min(7, n), max(7, n)
     for sign in ("signed", "abs"):

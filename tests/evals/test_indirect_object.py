@@ -469,7 +469,8 @@ def exchanged(z_a: Tensor, z_b: Tensor, W_dec: Tensor, order: list[int]) -> tupl
 
 def greedy(z_a: Tensor, z_b: Tensor, W_dec: Tensor, a: Tensor, b: Tensor) -> list[int]:
     """The two latents that bring a nearest to b, one after the other."""
-    left, chosen, at = [j for j in range(len(z_a)) if z_a[j] != z_b[j]], [], a.clone()
+    left, at = [j for j in range(len(z_a)) if z_a[j] != z_b[j]], a.clone()
+    chosen: list[int] = []
     while left and len(chosen) < 2:
         steps = {j: (z_b[j] - z_a[j]) * W_dec[j] for j in left}
         away = {j: float((at + step - b).norm()) for j, step in steps.items()}
@@ -575,7 +576,7 @@ def test_losses_and_edits_agree_with_prompts_run_one_by_one(
 def test_counts_of_latents_that_tell_agree_with_plain_loops(
     alone: EvalResult, task: Task, refitted: Path, agree: Agree
 ) -> None:
-    expected = {}
+    expected: dict[str, float] = {}
     for who, sae in task.saes.items():
         fit, test = Told(sae, task.x_fit, task.fit), Told(sae, task.x_test, task.test)
         f1 = {name: held_out(fit, test, group) for name, group in GROUPS.items()}
