@@ -3,6 +3,8 @@
 Axes: row (of the whole cache), batch (rows), d.
 """
 
+import os
+import threading
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +25,20 @@ Batch = dict[str, Shaped[Tensor, "batch ..."]]
 
 CHUNK = 65_536
 """Rows that stay together, in stored order, where blocks are shuffled."""
+
+_MOST_THREADS = 8
+_AHEAD = 256 << 20
+"""Bytes of batches that are held ready, where more than two are."""
+
+
+def threads_here() -> int:
+    """How many threads gather batches where nothing else is said: half of the cores that this
+    process may use, shared with the other processes of torchrun on the machine, and 8 at most."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    near = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(_MOST_THREADS, cores // near // 2))
 
 
 class Reader:
@@ -62,24 +78,29 @@ class Reader:
         state: Mapping[str, Any] | None = None,
         dtype: torch.dtype | None = torch.float32,
         device: str | torch.device = "cpu",
-        prefetch: int = 2,
+        prefetch: int | None = None,
+        threads: int | None = None,
         reuse: bool = False,
     ) -> None:
         """`epochs=None` goes on for ever; `drop_last` leaves out an epoch's last batch where it is
         not full; `part` (which, of how many) gives a part of each batch, and needs `drop_last`;
         `start` is how many batches to pass over, at no cost, and `state` what another
         reader's `state()` gave. `dtype=None` gives activations as they are stored. `prefetch` is
-        how many batches a thread holds ready; at 0 there is no thread. With `reuse`, on a CPU,
-        batches lie in turn in `prefetch` + 2 places, and each holds until as many more were taken:
-        to find new memory for a large batch takes the system longer than to read it.
+        how many batches are held ready or being made, each by one of `threads` threads; at 0 there
+        are none. Not given, there are as many threads as `threads_here` says, and a batch for each
+        but no more than 256 MiB, 2 at least. What comes, and in which order, hangs on neither. With
+        `reuse`, on a CPU, batches lie in turn in `prefetch` + 2 places, and each holds until 2 more
+        were taken: to find new memory for a large batch takes the system longer than to read it.
 
         Raises CacheError for a column that the cache does not hold, and ConfigError for options
         that cannot work, and where the split holds no row, or with `drop_last` not one full batch.
         """
-        if batch_size < 1 or prefetch < 0 or start < 0 or not 0 <= rank < ranks:
+        low = (prefetch or 0) < 0 or start < 0
+        if batch_size < 1 or low or (threads is not None and threads < 1) or not 0 <= rank < ranks:
             raise ConfigError(
-                f"batch_size={batch_size} must be at least 1, prefetch={prefetch} and "
-                f"start={start} at least 0, and rank={rank} must lie in 0..{ranks - 1}"
+                f"batch_size={batch_size} and threads={threads} must be at least 1, "
+                f"prefetch={prefetch} and start={start} at least 0, and rank={rank} must lie in "
+                f"0..{ranks - 1}"
             )
         if not 0 <= part[0] < part[1] or (part[1] > 1 and (batch_size % part[1] or not drop_last)):
             raise ConfigError(
@@ -110,11 +131,17 @@ class Reader:
             "ranks": ranks,
         }
         self._source = _Source(cache, tuple(columns), order, rank * self._rows, dtype, device)
+        self._threads = threads_here() if threads is None else threads
+        if prefetch is None:
+            room = _AHEAD // (self._source.row_bytes * (batch_size // part[1]))
+            prefetch = max(2, min(self._threads, room))
         if reuse:
             self._source.reuse(prefetch + 2, batch_size)
         self._prefetch = prefetch
         self._pool: ThreadPoolExecutor | None = None
-        self._ahead: deque[tuple[tuple[int, int], Future[Batch]]] = deque()
+        self._ordering: ThreadPoolExecutor | None = None
+        """One thread that says which rows a batch has, in their order, for those that gather."""
+        self._ahead: deque[tuple[tuple[int, int], Future[_Made]]] = deque()
         """Behind which place the reader is with a batch, and the batch to come."""
         epoch, number = divmod(start, self._batches_per_epoch)
         self._go_to(epoch, number * batch_size)
@@ -127,20 +154,21 @@ class Reader:
     def __next__(self) -> Batch:
         if self._prefetch == 0:
             epoch, first, last = next(self._spans)
-            rows = self._ours(first, last)
-            batch = self._source.batch(epoch, *rows, self._source.space(rows[1] - rows[0]))
+            ours = self._ours(first, last)
+            space = self._source.space(ours[1] - ours[0])
+            made = self._source.batch(self._source.rows(epoch, *ours), space)
             self._at = epoch, last
-            return batch
+            return self._source.given(made)
         self._fill()
         if not self._ahead:
             raise StopIteration
         # Taken from the queue once it is there: an interrupt while waiting loses nothing.
         at, future = self._ahead[0]
-        batch = future.result()
+        made = future.result()
         self._ahead.popleft()
         self._at = at
         self._fill()
-        return batch
+        return self._source.given(made)
 
     def state(self) -> dict[str, Any]:
         """Where the reader is, as JSON holds it: behind the last batch that it handed out.
@@ -170,7 +198,7 @@ class Reader:
         self._go_to(epoch, row)
 
     def close(self) -> None:
-        """End the thread and let go of what it prepared. Reading on begins another."""
+        """End the threads and let go of what they prepared. Reading on begins others."""
         self._go_to(*self._at)
 
     def __enter__(self) -> "Reader":
@@ -190,9 +218,11 @@ class Reader:
         return rows // size if self._drop_last else -(-rows // size)
 
     def _go_to(self, epoch: int, row: int) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-        self._pool = None
+        # Those that gather first: they wait for the other one.
+        for pool in (self._pool, self._ordering):
+            if pool is not None:
+                pool.shutdown(cancel_futures=True)
+        self._pool = self._ordering = None
         self._ahead.clear()
         self._at = epoch, row
         self._spans: Iterator[tuple[int, int, int]] = _spans(
@@ -211,13 +241,17 @@ class Reader:
             if span is None:
                 return
             if self._pool is None:
-                self._pool = ThreadPoolExecutor(1, thread_name_prefix="saekit-reader")
-            # The thread knows the source, never the reader: so a reader that is dropped goes, and
-            # its thread with it.
-            # Memory from here, not from the thread: what the caller lets go of is used again.
+                n = min(self._threads, self._prefetch)
+                self._pool = ThreadPoolExecutor(n, thread_name_prefix="saekit-reader")
+            if self._ordering is None:
+                self._ordering = ThreadPoolExecutor(1, thread_name_prefix="saekit-order")
+            # The threads know the source, never the reader: so a reader that is dropped goes, and
+            # its threads with it.
             first, last = self._ours(*span[1:])
+            rows = self._ordering.submit(self._source.rows, span[0], first, last)
+            # Memory from here, not from the threads: what the caller lets go of is used again.
             space = self._source.space(last - first)
-            made = self._pool.submit(self._source.batch, span[0], first, last, space)
+            made = self._pool.submit(self._source.batch, rows, space)
             self._ahead.append(((span[0], span[2]), made))
 
 
@@ -297,8 +331,12 @@ class _Blocks:
         return self._chunk[1]
 
 
+_Made = tuple[Batch, torch.cuda.Event | None]
+"""A batch, and what says that all of it is on the GPU; None where it need not be waited for."""
+
+
 class _Source:
-    """What a batch is made of; the reader's thread runs in it."""
+    """What a batch is made of; the reader's threads run in it."""
 
     def __init__(
         self,
@@ -312,13 +350,24 @@ class _Source:
         self._cache, self._columns, self._order, self._offset = cache, columns, order, offset
         self._dtype, self._device = dtype, torch.device(device)
         self._places: deque[Batch] = deque()
+        self._own = threading.local()
+        """Memory of each thread, for rows in the order in which they are read."""
         for column in columns:
             cache.take(column, torch.empty(0, dtype=torch.int64))
+        self._stream = None
+        if self._device.type == "cuda":
+            # Beside the steps, not between them: a copy takes a good part of a short step's time.
+            self._stream = torch.cuda.Stream(self._device)
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a row of all columns, as stored."""
+        return sum(self._cache.space(column, 1, dtype=None).nbytes for column in self._columns)
 
     def reuse(self, places: int, n: int) -> None:
         """From now on give the same memory in turn. A GPU's pinned memory is used again anyway, as
         soon as what is in it has been copied."""
-        if self._device.type != "cuda":
+        if self._stream is None:
             self._places.extend([self.space(n) for _ in range(places)])
 
     def space(self, n: int) -> Batch:
@@ -327,15 +376,48 @@ class _Source:
         if self._places:
             self._places.rotate(-1)
             return {column: out[:n] for column, out in self._places[-1].items()}
-        pinned = self._device.type == "cuda"
+        pinned = self._stream is not None
         dtype = None if pinned else self._dtype
         return {c: self._cache.space(c, n, dtype=dtype, pinned=pinned) for c in self._columns}
 
-    def batch(self, epoch: int, start: int, stop: int, space: Batch) -> Batch:
-        rows = self._order.rows(epoch, self._offset + start, self._offset + stop)
-        batch = {}
+    def rows(self, epoch: int, start: int, stop: int) -> Int[Tensor, " batch"]:
+        """Which rows of the cache a batch has. By one thread at a time."""
+        return self._order.rows(epoch, self._offset + start, self._offset + stop)
+
+    def batch(
+        self, rows: Int[Tensor, " batch"] | Future[Int[Tensor, " batch"]], space: Batch
+    ) -> _Made:
+        """The batch of some rows. By several threads at once."""
+        if isinstance(rows, Future):
+            rows = rows.result()
         for column, out in space.items():
-            x = self._cache.take(column, rows, out=out).to(self._device, non_blocking=True)
-            wider = self._device.type == "cuda" and x.ndim > 1 and self._dtype is not None
-            batch[column] = x.to(self._dtype) if wider else x
+            self._cache.take(column, rows, out=out, scratch=self._scratch(column, len(rows)))
+        if self._stream is None:
+            return space, None
+        with torch.cuda.stream(self._stream):
+            batch = {column: self._over_there(x) for column, x in space.items()}
+            event = torch.cuda.Event()
+            event.record(self._stream)
+        return batch, event
+
+    def given(self, made: _Made) -> Batch:
+        """The batch, for what the caller does with it next."""
+        batch, event = made
+        if event is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_event(event)
+            for x in batch.values():
+                # Its memory was taken for another stream, which must not have it back too early.
+                x.record_stream(current)
         return batch
+
+    def _over_there(self, x: Shaped[Tensor, "batch ..."]) -> Shaped[Tensor, "batch ..."]:
+        wider = x.ndim > 1 and self._dtype is not None
+        x = x.to(self._device, non_blocking=True)
+        return x.to(self._dtype) if wider else x
+
+    def _scratch(self, column: str, n: int) -> Shaped[Tensor, "batch ..."]:
+        held: Batch = self._own.__dict__
+        if column not in held or len(held[column]) < n:
+            held[column] = self._cache.space(column, n, dtype=None)
+        return held[column][:n]

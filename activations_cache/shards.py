@@ -13,11 +13,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from threading import RLock
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import xxhash
 from jaxtyping import Int
+from numpy import ndarray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -116,6 +119,30 @@ def write(
     )
 
 
+def gather(source: Tensor, index: Int[ndarray, " batch"], out: Tensor) -> None:
+    """Rows of `source` into `out`, `[batch, ...]`, made to its type. `index` lies in range.
+
+    By one thread that lets others run: numpy copies row by row, where torch's index goes element by
+    element, and in threads of its own.
+    """
+    rows = _as_bytes(source)
+    if out.dtype == source.dtype:
+        np.take(rows, index, axis=0, out=_as_bytes(out), mode="clip")
+        return
+    # In pieces that stay in a CPU's cache until they are where they belong.
+    step = max(1, _PIECE * len(out) // max(out.nbytes, 1))
+    for at in range(0, len(index), step):
+        some = torch.from_numpy(np.take(rows, index[at : at + step], axis=0, mode="clip"))
+        place = out[at : at + step]
+        place.copy_(some.view(source.dtype).view(place.shape))
+
+
+def _as_bytes(tensor: Tensor) -> Any:
+    """`[row, byte]`, the same memory. numpy has no bfloat16."""
+    assert tensor.is_contiguous()
+    return tensor.view(len(tensor), -1).view(torch.uint8).numpy()
+
+
 def _bytes(tensor: Tensor) -> memoryview:
     assert tensor.is_contiguous()
     flat: Any = tensor.reshape(-1).view(torch.uint8).numpy()
@@ -133,6 +160,9 @@ class ShardReader:
         self._folder = folder
         self.shard = shard
         self._compared: set[str] = set()
+        self._columns: dict[str, Tensor] = {}
+        # A reader's threads come here at once: only one of them is to fetch, open and compare.
+        self._lock = RLock()
 
     @property
     def name(self) -> str:
@@ -140,13 +170,21 @@ class ShardReader:
 
     def column(self, name: str) -> Tensor:
         """A whole column, not copied: rows are read from disk when they are used."""
-        self._compare_once("index" if name in INDEX else "all")
-        tensor: Tensor = self._file.get_tensor(name)
-        return tensor
+        part: Literal["index", "all"] = "index" if name in INDEX else "all"
+        if part not in self._compared or name not in self._columns:
+            with self._lock:
+                self._compare_once(part)
+                self._columns[name] = self._file.get_tensor(name)
+        return self._columns[name]
 
-    def rows(self, name: str, index: Int[Tensor, " batch"]) -> Tensor:
-        """The given rows of a column, `[batch, ...]`: float32 of an int8 column, else as stored."""
-        return self._scaled(name, self.column(name)[index], index)
+    def rows_into(self, name: str, index: Int[ndarray, " batch"], out: Tensor) -> None:
+        """The given rows of a column into `out`, `[batch, ...]`, scaled where it is int8."""
+        column = self.column(name)
+        if column.dtype == torch.int8:
+            of = torch.from_numpy(index)
+            out.copy_(self._scaled(name, column[of], of))
+        else:
+            gather(column, index, out)
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Rows start..stop of a column, `[stop - start, ...]`: float32 of an int8 column, else as
@@ -162,7 +200,8 @@ class ShardReader:
 
     def dtype(self, name: str) -> torch.dtype:
         """The type that a column is stored in."""
-        return _TYPES[self._header[1][name]["dtype"]]
+        with self._lock:
+            return _TYPES[self._header[1][name]["dtype"]]
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
         """Rows from `start` on of a column, as stored, into `out` of its type, till it is full."""

@@ -214,26 +214,40 @@ class ActivationCache:
         *,
         dtype: torch.dtype | None = torch.float32,
         out: Shaped[Tensor, "batch ..."] | None = None,
+        scratch: Shaped[Tensor, "batch ..."] | None = None,
     ) -> Shaped[Tensor, "batch ..."]:
         """The given rows of any column, in that order, in new memory or in `out`'s.
 
         Activations and gradients `[batch, d]` come in `dtype`, or as stored where it is None (int8
         always as float32: scaled); `token`, `document`, `position`, `mask` and `source` `[batch]`
-        in their own types.
+        in their own types. Rows that do not rise are read in rising order first, into `scratch`
+        where it is given: memory of `space(column, len(index), dtype=None)`. Raises IndexError for
+        a row that is not there.
         """
         if out is None:
             out = self.space(column, len(index), dtype=dtype)
-        in_order = bool((index.diff() >= 0).all())
-        order = None if in_order else index.argsort(stable=True)
-        rows = index if order is None else index[order]
-        for number, first, last in self._parts(rows):
-            local = rows[first:last] - int(self._starts[number])
-            if order is None:
-                self._part(number, column, local, out[first:last])
-            else:
-                part = torch.empty_like(out[first:last])
-                self._part(number, column, local, part)
-                out[order[first:last]] = part
+        rows = index.numpy()
+        if not len(rows):
+            return out
+        order = None if (rows[1:] >= rows[:-1]).all() else np.argsort(rows)
+        if order is not None:
+            rows = rows[order]
+        if rows[0] < 0 or rows[-1] >= self.n_rows:
+            raise IndexError(f"rows {rows[0]} to {rows[-1]} of {self.url}: it has {self.n_rows:,}")
+        risen = out
+        if order is not None:
+            risen = self.space(column, len(rows), dtype=None) if scratch is None else scratch
+        ends = np.searchsorted(rows, self._starts).tolist()
+        # For all shards at once: a batch may have a few rows of each of very many.
+        run = np.cumsum(np.diff(rows, prepend=rows[0]) > _NEAR)
+        for number, (first, last) in enumerate(zip(ends, ends[1:], strict=False)):
+            if first < last:
+                local = rows[first:last] - self._starts[number]
+                self._part(number, column, local, run[first:last], risen[first:last])
+        if order is not None:
+            where = np.empty_like(order)
+            where[order] = np.arange(len(order))
+            shards.gather(risen, where, out)
         return out
 
     def space(
@@ -257,26 +271,21 @@ class ActivationCache:
         stored = self.readers[0].dtype(column)
         return torch.float32 if stored == torch.int8 else stored
 
-    def _parts(self, rows: Int[Tensor, " batch"]) -> Iterator[tuple[int, int, int]]:
-        """For each shard that has some of the sorted rows: its number, and which of them."""
-        ends = np.searchsorted(rows.numpy(), self._starts).tolist()
-        for number, (first, last) in enumerate(zip(ends, ends[1:], strict=False)):
-            if first < last:
-                yield number, first, last
-
     def _part(
         self,
         number: int,
         column: str,
-        local: Int[Tensor, " batch"],
+        local: Int[np.ndarray, " batch"],
+        run: Int[np.ndarray, " batch"],
         out: Shaped[Tensor, "batch ..."],
     ) -> None:
-        """Rows of a shard, given in rising order, into `out`, by the quicker of two ways."""
+        """Rows of a shard, given in rising order, into `out`, by the quicker of two ways. `run`
+        numbers the runs of rows that lie near to each other."""
         shard = self.readers[number]
-        ends = ((local.diff() > _NEAR).nonzero().flatten() + 1).tolist()
-        if len(local) < _NEAR * (len(ends) + 1):
-            out.copy_(shard.rows(column, local))
+        if len(local) < _NEAR * (run[-1] - run[0] + 1):
+            shard.rows_into(column, local, out)
         else:
+            ends = (np.flatnonzero(np.diff(run)) + 1).tolist()
             for first, last in zip([0, *ends], [*ends, len(local)], strict=True):
                 _run(shard, column, local[first:last], out[first:last])
         if column == "document":
@@ -345,16 +354,20 @@ class ActivationCache:
 
 
 def _run(
-    shard: ShardReader, column: str, local: Int[Tensor, " batch"], out: Shaped[Tensor, "batch ..."]
+    shard: ShardReader,
+    column: str,
+    local: Int[np.ndarray, " batch"],
+    out: Shaped[Tensor, "batch ..."],
 ) -> None:
     """Rows that lie near to each other, given in rising order, into `out`."""
-    every = bool((local.diff() == 1).all())
+    every = bool((np.diff(local) == 1).all())
     if every and out.dtype == shard.dtype(column):
         shard.read_into(column, int(local[0]), out)
         return
     # In pieces that stay in a CPU's cache until they are where they belong.
     step = max(1, _PIECE * len(out) // max(out.nbytes, 1))
-    for rows, place in zip(local.split(step), out.split(step), strict=True):
+    for at in range(0, len(local), step):
+        rows, place = local[at : at + step], out[at : at + step]
         first = int(rows[0])
         read = shard.read(column, first, int(rows[-1]) + 1)
-        place.copy_(read if every else read[rows - first])
+        place.copy_(read if every else read[torch.from_numpy(rows - first)])

@@ -30,7 +30,7 @@ from torch import nn
 
 from saekit import ActivationCache, HarvestConfig, harvest
 from saekit.activations_cache.model_module import ModuleModel
-from saekit.activations_cache.reader import Reader
+from saekit.activations_cache.reader import Reader, threads_here
 from saekit.activations_cache.shuffle import shuffle
 from saekit.activations_cache.tokens import Cursor, TokenBatch
 from saekit.demo import MODEL_DIR
@@ -48,7 +48,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--batch-size", type=int, default=4096)
-    parser.add_argument("--prefetch", type=int, default=2)
+    parser.add_argument("--prefetch", type=int, help="not given: as the reader has it")
+    parser.add_argument("--threads", type=int, help="not given: as the reader has it")
     parser.add_argument("--split", default="train", choices=("train", "all"))
     parser.add_argument("--device", default="cpu", help="where the batches go")
     parser.add_argument("--out", type=Path, default=Path("bench-reader"), help="made and removed")
@@ -148,6 +149,7 @@ def epoch(
         dtype=dtype,
         device=args.device,
         prefetch=args.prefetch,
+        threads=args.threads,
         reuse=True,
     ) as reader:
         for batch in reader:
@@ -217,6 +219,7 @@ def run(args: argparse.Namespace, where: Path, dtype: torch.dtype | None) -> lis
                 "width": args.width,
                 "batch_size": args.batch_size,
                 "prefetch": args.prefetch,
+                "threads": args.threads or threads_here(),
                 "bytes": total,
                 "given_bytes": given,
                 "page_cache": "dropped" if args.cold else "warm",

@@ -2,6 +2,7 @@ import gc
 import json
 import threading
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any, get_args
 
@@ -215,25 +216,125 @@ def test_no_more_batches_are_made_than_may_be_held_ready(
     assert all((thread is main) == (prefetch == 0) for thread in made)
 
 
-def test_closing_a_reader_ends_its_thread_and_reading_on_begins_another(
+def threads_of(reader: Reader) -> list[threading.Thread]:
+    pools: Any = (reader._pool, reader._ordering)
+    return [thread for pool in pools for thread in pool._threads]
+
+
+@pytest.fixture
+def slow_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every other batch is gathered only once the one behind it is: where there are threads for it,
+    what is begun first is through last."""
+    batch, met = reader._Source.batch, threading.Condition()
+    begun, through = count(), set[int]()
+
+    def turned(self: Any, rows: Any, space: Any) -> Any:
+        with met:
+            number = next(begun)
+            if number % 2 == 0:
+                met.wait_for(lambda: number + 1 in through, timeout=0.2)
+        made = batch(self, rows, space)
+        with met:
+            through.add(number)
+            met.notify_all()
+        return made
+
+    monkeypatch.setattr(reader._Source, "batch", turned)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("how", "stored", "dtype"),
+    [
+        ("rows", torch.bfloat16, None),
+        ("rows", torch.bfloat16, torch.float32),
+        ("rows", torch.int8, torch.float32),
+        ("blocks", torch.bfloat16, torch.float32),
+    ],
+)
+def test_any_number_of_threads_gives_the_same_bytes_from_the_start_and_from_the_middle(
+    make_cache: Make,
+    tmp_path: Path,
+    threads: int,
+    how: Shuffle,
+    stored: torch.dtype,
+    dtype: torch.dtype | None,
+) -> None:
+    cache = make_cache(tmp_path / "c", dtype=stored)
+    columns = ["h", "h.grad", "token", "document"]
+    options: dict[str, Any] = {"seed": 3, "epochs": 2, "shuffle": how, "dtype": dtype}
+    plain = list(Reader(cache, columns, 40, prefetch=0, **options))
+    options |= {"threads": threads, "prefetch": 4}
+    some = Reader(cache, columns, 40, **options)
+    first = [next(some) for _ in range(len(plain) // 2)]
+    resumed = Reader(cache, columns, 40, state=json.loads(json.dumps(some.state())), **options)
+    for rest in (some, resumed):
+        whole = [*first, *rest]
+        assert len(whole) == len(plain)
+        for ours, theirs in zip(whole, plain, strict=True):
+            assert ours.keys() == theirs.keys()
+            assert all(same_bytes(ours[column], theirs[column]) for column in theirs)
+
+
+def same_bytes(a: Tensor, b: Tensor) -> bool:
+    """NaN and all."""
+    return a.dtype == b.dtype and a.view(torch.uint8).equal(b.view(torch.uint8))
+
+
+def test_batches_that_are_through_in_another_order_come_in_their_own(
+    cache: ActivationCache, slow_first: None
+) -> None:
+    plain = tokens(Reader(cache, ["token"], 60, prefetch=0))
+    assert tokens(Reader(cache, ["token"], 60, threads=2)) == plain
+
+
+def test_threads_are_half_of_the_cores_shared_with_the_other_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reader.os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    found = {}
+    for cores, near in ((1, 1), (2, 1), (4, 1), (16, 1), (16, 4), (128, 8), (8, 8)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(near))
+        found[cores, near] = reader.threads_here()
+    assert list(found.values()) == [1, 1, 2, 8, 2, 8, 1]
+
+
+def test_large_batches_are_not_held_ready_by_the_dozen(
+    cache: ActivationCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "_AHEAD", 3 * 10 * 12)
+    assert Reader(cache, ["h"], 10, threads=8)._prefetch == 3
+    assert Reader(cache, ["h"], 100, threads=8)._prefetch == 2
+    assert Reader(cache, ["h"], 10, threads=1)._prefetch == 2
+    assert Reader(cache, ["h"], 1, threads=8)._prefetch == 8
+
+
+def test_a_row_that_is_not_there_is_refused(cache: ActivationCache) -> None:
+    for row in (-1, cache.n_rows):
+        with pytest.raises(IndexError, match=f"it has {cache.n_rows}"):
+            cache.take("h", torch.tensor([3, row]))
+
+
+def test_closing_a_reader_ends_its_threads_and_reading_on_begins_others(
     cache: ActivationCache,
 ) -> None:
-    with Reader(cache, ["token"], 30) as some:
+    with Reader(cache, ["token"], 30, threads=2) as some:
         first = next(some)["token"].tolist()
-        (thread,) = some._pool._threads  # type: ignore[union-attr]
-        assert thread.is_alive()
-    assert not thread.is_alive()
+        running = threads_of(some)
+        assert len(running) == 3 and all(thread.is_alive() for thread in running)
+    assert not any(thread.is_alive() for thread in running)
     assert [first, *tokens(some)] == tokens(Reader(cache, ["token"], 30))
 
 
 def test_a_reader_that_is_dropped_takes_its_thread_with_it(cache: ActivationCache) -> None:
-    some = Reader(cache, ["token"], 30)
+    some = Reader(cache, ["token"], 30, threads=2)
     next(some)
-    (thread,) = some._pool._threads  # type: ignore[union-attr]
+    running = threads_of(some)
     del some
     gc.collect()
-    thread.join(timeout=10)
-    assert not thread.is_alive()
+    for thread in running:
+        thread.join(timeout=10)
+    assert not any(thread.is_alive() for thread in running)
 
 
 def test_what_goes_wrong_in_the_thread_reaches_the_caller(make_cache: Make, tmp_path: Path) -> None:
@@ -277,7 +378,7 @@ def test_a_shuffled_cache_is_read_in_long_runs_unless_rows_are_asked_for(
     assert Reader(shuffled, ["h"], 30).state()["shuffle"] == "blocks"
     assert Reader(shuffled, ["h"], 30, shuffle="rows").state()["shuffle"] == "rows"
     assert Reader(cache, ["h"], 30).state()["shuffle"] == "rows"
-    monkeypatch.delattr(ShardReader, "rows")
+    monkeypatch.delattr(ShardReader, "rows_into")
     batches = list(Reader(shuffled, ["h", "source"], 30, epochs=2))
     source = torch.cat([batch["source"] for batch in batches])
     assert torch.cat([batch["h"] for batch in batches])[:, 0].equal(source.float())
@@ -313,7 +414,9 @@ def test_a_batch_larger_than_the_split_is_refused_where_it_must_be_full(
         Reader(cache, ["h"], 5_000, drop_last=True)
 
 
-@pytest.mark.parametrize("options", [{"rank": 2, "ranks": 2}, {"prefetch": -1}, {"start": -1}])
+@pytest.mark.parametrize(
+    "options", [{"rank": 2, "ranks": 2}, {"prefetch": -1}, {"start": -1}, {"threads": 0}]
+)
 def test_options_that_cannot_work_are_refused(
     cache: ActivationCache, options: dict[str, Any]
 ) -> None:
@@ -351,5 +454,5 @@ def test_memory_that_is_used_again_holds_for_as_many_batches_as_promised(
         held = [*held, batch][-2:]
         for kept, expected in zip(held, fresh[number + 1 - len(held) :], strict=False):
             assert all(torch.equal(kept[column], expected[column]) for column in expected)
-    places = {batch["h"].data_ptr() for batch in Reader(cache, ["h"], 30, reuse=True)}
+    places = {batch["h"].data_ptr() for batch in Reader(cache, ["h"], 30, prefetch=2, reuse=True)}
     assert len(places) <= 4
