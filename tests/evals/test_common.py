@@ -1,6 +1,9 @@
 """The contract of every evaluation: a new file in `evals/` is held to it by existing."""
 
+import ast
 import math
+import tomllib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,6 +55,29 @@ def test_every_metric_is_finite_counted_and_defined(
     assert result.metrics
     for metric in result.metrics.values():
         assert math.isfinite(metric.value) and metric.n > 0 and metric.definition
+
+
+def test_no_number_is_without_its_plain_loop(
+    here: str,
+    random_sae: SAE,
+    tiny_cache: ActivationCache,
+    tmp_path: Path,
+    covered: Callable[[EvalResult], None],
+) -> None:
+    """Results of other configs, and of those elsewhere, are asked the same where loops are."""
+    covered(run(here, random_sae, tiny_cache, tmp_path))
+
+
+def test_the_tests_that_loops_toml_names_are_there(any_eval: str) -> None:
+    """In the evaluation's own file, or one of loops of several: each with what holds it to them."""
+    folder = Path(__file__).parent
+    found: dict[str, set[str]] = {}
+    for path in folder.glob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                found.setdefault(node.name, set()).update(one.arg for one in node.args.args)
+    named = tomllib.loads((folder / "loops.toml").read_text(encoding="utf-8"))[any_eval]
+    assert named and all("agree" in found.get(test, ()) for test in named)
 
 
 @pytest.mark.parametrize("where", ["W_enc", "b_enc", "W_dec", "b_dec"])

@@ -87,6 +87,23 @@ def test_strongest_contexts_agree_with_the_dense_matrix(
             assert ours[3] == pytest.approx(theirs[3], rel=1e-5)
 
 
+def test_counts_agree_with_plain_loops(
+    random_sae: SAE, tiny_cache: ActivationCache, z: np.ndarray, agree: Callable[..., None]
+) -> None:
+    config = ExamplesConfig(n_contexts=7)
+    result = evaluate("examples", random_sae, tiny_cache, hook=HOOK, config=config)
+    latents = kept = 0
+    for column in z.T.tolist():
+        fires = 0
+        for window in tiny_cache.windows("all"):
+            rows = column[window.start : window.start + len(window.tokens)]
+            fires += any(v > 0 and keep for v, keep in zip(rows, window.keep, strict=True))
+        latents += fires > 0
+        kept += min(fires, 7)
+    assert kept < 7 * latents < 7 * 40
+    agree(result, {"latents_with_examples": latents, "examples": kept})
+
+
 def test_numbers_agree_with_the_dense_matrix(
     random_sae: SAE, tiny_cache: ActivationCache, collect: Collect
 ) -> None:
