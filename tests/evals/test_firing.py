@@ -1,6 +1,7 @@
 import dataclasses
 import logging
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -399,10 +400,15 @@ def test_the_file_is_the_one_that_trainers_write() -> None:
 
 
 def test_windows_and_lives_agree_with_plain_loops(
-    run: Path, tiny_cache: ActivationCache, agree: Agree
+    run: Path, tiny_cache: ActivationCache, tmp_path: Path, agree: Agree
 ) -> None:
-    sae = checkpoint.load(run)
-    cfg = FiringConfig(run_folder=run, n_bootstrap=0, windows=(20,), rules=(1, 3))
+    copy = shutil.copytree(run, tmp_path / "run")
+    held = load_file(run / FILE)
+    # As if some latents had been given new weights, one of them twice.
+    held["replanted"][[2, 3, 3], [5, 5, 8]] = True
+    save_file(held, copy / FILE)
+    sae = checkpoint.load(copy)
+    cfg = FiringConfig(run_folder=copy, n_bootstrap=0, windows=(20,), rules=(1, 3))
     result = evaluate("firing", sae, tiny_cache, config=cfg)
     fires = (sae.encode(tiny_cache.rows(HOOK, tiny_cache.indices("test"))) != 0).tolist()
     windows = [fires[at : at + 20] for at in range(0, len(fires) - 19, 20)]
@@ -420,7 +426,6 @@ def test_windows_and_lives_agree_with_plain_loops(
         ):
             expected[f"{name}_share_lt{least}_in_20"] = sum(is_so) / 24
     assert all(value for name, value in expected.items() if name.endswith("_20"))
-    held = load_file(run / FILE)
     # The first record is of the start, and has no rows.
     fired, since, replanted = (held[k][1:].tolist() for k in ("fired", "since", "replanted"))
     rows = held["rows"][1:].tolist()
