@@ -47,38 +47,53 @@ FLAGS = [
     "--disable-sync",
 ]
 
-# Resolves with the milliseconds from the next click or key until the app has run to its end, and
-# until the element `shown` has changed.
-_WATCH = """(shown) => {
+# Resolves with the milliseconds from the next click or key until the element `shown` looks
+# different, frame by frame, and until the app has run to its end, too. A table is a picture of its
+# rows; the text that stands in it for screen readers comes later.
+_WATCH = """([shown, limit]) => {
   const app = document.querySelector('[data-testid="stApp"]');
-  const text = () => shown && document.querySelector(shown)?.textContent;
-  const before = text();
-  let begun = null, changed = null, ran = false;
+  const look = () => {
+    const found = document.querySelector(shown);
+    if (!(found instanceof HTMLCanvasElement)) return found?.textContent;
+    const picture = found.getContext("2d").getImageData(0, 0, found.width, found.height / 2);
+    return new Uint32Array(picture.data.buffer).reduce((sum, dot) => (31 * sum + dot) | 0, 0);
+  };
+  const before = look();
+  let begun = null, changed = null, running = false, ended = null;
   for (const kind of ["pointerdown", "keydown"])
     addEventListener(kind, () => { begun ??= performance.now(); }, {capture: true, once: true});
-  window.timed = new Promise((done) => {
-    new MutationObserver(() => {
-      if (begun === null) return;
-      const now = performance.now();
-      if (changed === null && text() !== before) changed = now - begun;
-      const state = app.getAttribute("data-test-script-state");
-      if (state === "running") ran = true;
-      else if (ran && state === "notRunning") done([changed, now - begun]);
-    }).observe(document.body,
-      {subtree: true, childList: true, attributes: true, characterData: true});
+  const observer = new MutationObserver(() => {
+    const state = app.getAttribute("data-test-script-state");
+    if (state === "running") running = true;
+    else if (running && state === "notRunning") ended ??= performance.now();
+  });
+  observer.observe(app, {attributeFilter: ["data-test-script-state"]});
+  window.timed = new Promise((done, fail) => {
+    const frame = () => {
+      if (begun !== null && changed === null && look() !== before) changed = performance.now();
+      if (changed !== null && ended !== null)
+        done([changed - begun, Math.max(changed, ended) - begun]);
+      else if (begun !== null && performance.now() - begun > limit)
+        fail(new Error(`${shown} ${changed === null ? "stayed as it was" : "changed"}; `
+          + `the app ${running ? "ran" : "did not run"}, and ${ended ? "ended" : "did not end"}`));
+      else requestAnimationFrame(frame);
+    };
+    requestAnimationFrame(frame);
   });
 }"""
 
 
-# The table is drawn; what it shows stands in its canvas once more, for screen readers.
+_LIMIT_MS = 30_000
 _TABLE = '[data-testid="stDataFrame"] canvas'
 
 
 @contextmanager
-def _served(path: Path) -> Iterator[tuple[str, int]]:
+def _served(path: Path) -> Iterator[tuple[str, int, float]]:
+    """Address, process, and milliseconds from the command to the address."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port = probe.getsockname()[1]
+    begun = time.perf_counter()
     with subprocess.Popen(
         command(path, port=port, headless=True),
         stdout=subprocess.PIPE,
@@ -86,12 +101,14 @@ def _served(path: Path) -> Iterator[tuple[str, int]]:
         text=True,
     ) as server:
         assert server.stdout is not None
-        while f":{port}" not in (said := server.stdout.readline()):
-            if not said:
-                raise RuntimeError("the server ended before it listened")
-        yield f"http://{HOST}:{port}", server.pid
-        server.terminate()
-        server.stdout.read()  # it would not end on a pipe that nobody reads
+        try:
+            while f":{port}" not in (said := server.stdout.readline()):
+                if not said:
+                    raise RuntimeError("the server ended before it listened")
+            yield f"http://{HOST}:{port}", server.pid, 1e3 * (time.perf_counter() - begun)
+        finally:
+            server.terminate()  # else leaving the block would wait for it without end
+            server.stdout.read()  # it would not end on a pipe that nobody reads
 
 
 def _memory(pid: int) -> dict[str, float]:
@@ -104,8 +121,8 @@ def _memory(pid: int) -> dict[str, float]:
 _MEMORY = {"rss_mib": "VmRSS", "peak_mib": "VmHWM"}
 
 
-def _timed(page: Page, act: Callable[[], object], shown: str | None = None) -> list[float]:
-    page.evaluate(_WATCH, shown)
+def _timed(page: Page, act: Callable[[], object], shown: str) -> list[float]:
+    page.evaluate(_WATCH, [shown, _LIMIT_MS])
     act()
     found: list[float] = page.evaluate("window.timed")
     return found
@@ -124,11 +141,12 @@ def pages(d_sae: int) -> None:
         size = sum(file.stat().st_size for file in run.rglob("*") if file.is_file())
         print(f"store written in {time.perf_counter() - begun:.0f} s, {size / 2**20:.0f} MiB")
         case: dict[str, object] = {"d_sae": d_sae, "store_mib": round(size / 2**20, 1)}
-        with _served(run) as (address, pid), sync_playwright() as playwright:
+        with _served(run) as (address, pid, start), sync_playwright() as playwright:
             program = shutil.which("chromium") or shutil.which("chromium-browser")
             browser = playwright.chromium.launch(executable_path=program, args=FLAGS)
             context = browser.new_context(viewport={"width": 1400, "height": 900})
             context.set_default_timeout(120_000)
+            _write(case, "start of the server", [start], pid)
             for op, first in (("first page after the start", True), ("first page", False)):
                 page = context.new_page()
                 found = [_opened(page, address, d_sae) for _ in range(1 if first else 5)]
@@ -142,7 +160,8 @@ def _opened(page: Page, address: str, d_sae: int) -> float:
     begun = time.perf_counter()
     page.goto(f"{address}/?screen=features")
     page.get_by_text(f"of {d_sae:,} latents").wait_for()
-    page.get_by_text("Direct effect on the output").wait_for()
+    page.locator(_TABLE).first.wait_for()
+    page.locator(".contexts").wait_for()
     shown = 1e3 * (time.perf_counter() - begun)
     _still(page)
     return shown
@@ -173,7 +192,7 @@ def _inside(page: Page, case: dict[str, object], pid: int, vocab: list[str]) -> 
     seen, done = zip(*found, strict=True)
     _write(case, "search in contexts", list(seen), pid, list(done))
     box.fill("")
-    _timed(page, lambda: page.keyboard.press("Enter"))
+    _timed(page, lambda: page.keyboard.press("Enter"), _TABLE)
     found = []
     for order in ("maximum ↓", "kurtosis ↑", "nearest cosine ↓", "unexplained ↓", "density ↑"):
         page.locator(".st-key-sort").get_by_role("combobox").click()

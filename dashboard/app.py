@@ -17,6 +17,7 @@ import streamlit as st
 
 from saekit.dashboard import _render, screen_address, screen_features, screen_parts
 from saekit.dashboard._folder import Folder
+from saekit.dashboard._opened import State, opened, state
 from saekit.dashboard.data import Run, show_token
 from saekit.dashboard.report import facts
 from saekit.errors import SaekitError
@@ -103,7 +104,7 @@ def main(arguments: list[str]) -> None:
         screen.module.table(folder)
     screen_address.settle([*shell, *screen.fields])
     if run is not None and run.training:
-        _watch(run.path, _state(run.path))
+        _watch(run.path, state(run.path))
 
 
 def _paths(arguments: list[str]) -> list[str]:
@@ -133,8 +134,7 @@ def _run(folder: Folder) -> Run | None:
     if name is None:
         return None
     try:
-        path = folder.run(name)
-        run = _open(path, _state(path))
+        run = opened(folder.run(name))
     except SaekitError as error:
         screen_parts.say(error, "error")
         return None
@@ -173,22 +173,10 @@ def _side(run: Run) -> None:
     st.button("Read again", icon=":material/refresh:", help="Look for new lines and results.")
 
 
-@st.cache_resource(max_entries=2, show_spinner="Reading the run …")
-def _open(path: Path, state: tuple[tuple[str, int], ...]) -> Run:
-    """The run, read once for each state of its files. Shared: nothing may change it."""
-    return Run.open(path)
-
-
-def _state(path: Path) -> tuple[tuple[str, int], ...]:
-    """When each file of the run was last written, so that a run still training is read afresh."""
-    files = [*path.glob("*.*"), *path.glob("results/*.*"), *path.glob("results/features/*.json")]
-    return tuple(sorted((str(file), file.stat().st_mtime_ns) for file in files if file.is_file()))
-
-
 @st.fragment(run_every=5)
-def _watch(path: Path, state: tuple[tuple[str, int], ...]) -> None:
+def _watch(path: Path, shown: State) -> None:
     """Show a run that trains anew whenever it has written something."""
-    if _state(path) != state:
+    if state(path) != shown:
         st.rerun()
 
 

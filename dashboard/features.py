@@ -40,6 +40,9 @@ SortBy = Literal[
 ]
 
 
+_NUMBERS = ("density", "maximum", "mean_active", "kurtosis", "nearest_cosine", "unexplained")
+"""Those that the list of latents shows."""
+
 DENSE = 0.1
 """Latents that fire on more than this share of the rows are called dense, as `core` does."""
 
@@ -69,6 +72,7 @@ def select(
 
     `texts` are labels and notes by latent.
     """
+    store.load(("active", *_NUMBERS))
     density, kurtosis = store.column("density"), store.column("kurtosis")
     dead = is_dead(store)
     stars = np.zeros_like(dead)
@@ -148,7 +152,7 @@ def fires_on(store: FeatureStore, latent: int) -> str:
 def table(store: FeatureStore, latents: Int[ndarray, " found"]) -> dict[str, Shaped[ndarray, " _"]]:
     """A row for each of the latents: its numbers, the tokens it fires on, those it promotes."""
     columns: dict[str, ndarray] = {"latent": latents}
-    for name in ("density", "maximum", "mean_active", "kurtosis", "nearest_cosine", "unexplained"):
+    for name in _NUMBERS:
         columns[name] = store.column(name)[latents]
     for title, name in (("fires on", "input_token"), ("promotes", "promoted")):
         rows = [_listed(store, name, at) for at in latents.tolist()]

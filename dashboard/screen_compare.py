@@ -11,6 +11,7 @@ from saekit.dashboard import _latents, _matched, _render, screen_live
 from saekit.dashboard._comparison import Comparison, Subject
 from saekit.dashboard._folder import Folder
 from saekit.dashboard._matched import Matches
+from saekit.dashboard._opened import opened
 from saekit.dashboard.data import Run, show_token
 from saekit.dashboard.screen_address import Field, default, whole
 from saekit.dashboard.screen_parts import chart, go_to, lacking, say
@@ -58,20 +59,10 @@ def _other(folder: Folder, run: Run) -> Run | None:
             return None
     name = st.selectbox("Compare with", names, key="with", format_func=show_token)
     try:
-        return _open(folder.run(str(name)))
+        return opened(folder.run(str(name)))
     except SaekitError as error:
         say(error, "error")
         return None
-
-
-def _open(path: Path) -> Run:
-    files = [file for file in (*path.glob("*.*"), *path.glob("results/*.*")) if file.is_file()]
-    return _read(path, max((file.stat().st_mtime_ns for file in files), default=0))
-
-
-@st.cache_resource(max_entries=2, show_spinner="Reading the run …")
-def _read(path: Path, changed: int) -> Run:
-    return Run.open(path)
 
 
 def _numbers(run: Run, other: Run) -> None:

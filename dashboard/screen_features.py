@@ -340,10 +340,8 @@ def _pick(shown: ndarray) -> None:
 
 def _map(store: FeatureStore, found: ndarray, latent: int) -> None:
     figure = plot.feature_map(features.place_on_map(store), store.column("density"), found, latent)
-    if st.context.theme.type == "dark":
-        figure = plot.in_dark(figure)
     st.plotly_chart(
-        figure,
+        screen_parts.of_the_page(figure),
         theme=None,
         config=plot.CONFIG | {"scrollZoom": True},
         key="map",

@@ -19,10 +19,13 @@ MODEL, HOOK = "--model", "--hook"
 
 
 def chart(figure: Any, key: str) -> None:
-    """A chart, in the colours of the page."""
-    if st.context.theme.type == "dark":
-        figure = plot.in_dark(figure)
-    st.plotly_chart(figure, theme=None, config=plot.CONFIG, key=key)
+    st.plotly_chart(of_the_page(figure), theme=None, config=plot.CONFIG, key=key)
+
+
+def of_the_page(figure: Any) -> Any:
+    """A chart in the colours and the letters of the page."""
+    figure.update_layout(font_family=f"'Source Sans', {figure.layout.font.family}")
+    return plot.in_dark(figure) if st.context.theme.type == "dark" else figure
 
 
 def say(text: object, kind: str = "info", commands: list[str] | tuple[str, ...] = ()) -> None:

@@ -166,7 +166,9 @@ def _fires(run: Run, reading: Reading, at: int) -> None:
         say("No latent fires on this token.")
     fires_on = _latents.fires_on(run, [latent for latent, _ in active[:N_LATENTS]])
     for (latent, value), tokens in zip(active[:N_LATENTS], fires_on, strict=True):
-        row = st.container(horizontal=True, vertical_alignment="center", gap="xsmall")
+        row = st.container(
+            horizontal=True, vertical_alignment="center", gap="xsmall", key=f"row-{latent}"
+        )
         row.button(f"{latent}", key=f"open-{latent}", on_click=go_to, args=("feature",),
                    kwargs={"latent": latent}, help="Open this latent", width=84)  # fmt: skip
         row.html(_render.fires_html(value, tokens))

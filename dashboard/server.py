@@ -15,6 +15,7 @@ from saekit.errors import SaekitError
 log = logging.getLogger(__name__)
 
 APP = Path(__file__).with_name("app.py")
+SERVER = "saekit.dashboard.screen_server"
 HOST = "127.0.0.1"
 OPTIONS = {
     "server.fileWatcherType": "none",
@@ -82,7 +83,7 @@ def command(
     }
     flags = [f"--{name}={value}" for name, value in options.items()]
     extra = ["--write"] if write else []
-    return [sys.executable, "-m", "streamlit", "run", str(APP), *flags, "--", str(path), *extra]
+    return [sys.executable, "-m", SERVER, str(APP), *flags, "--", str(path), *extra]
 
 
 def _is_local(host: str) -> bool:

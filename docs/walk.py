@@ -57,25 +57,27 @@ def main(run: Path, latent: int) -> None:
         sync_playwright() as playwright,
     ):
         assert server.stdout is not None
-        while f":{port}" not in (said := server.stdout.readline()):
-            if not said:
-                raise RuntimeError("the server ended before it listened")
-        program = shutil.which("chromium") or shutil.which("chromium-browser")
-        browser = playwright.chromium.launch(executable_path=program, args=FLAGS)
-        page = browser.new_page()
-        page.set_default_timeout(120_000)
-        of, address = str(latent), f"http://{HOST}:{port}"
-        most = FeatureStore.open(results_of(run)).latent(latent).numbers["maximum"]
-        take(page, address, "runs", 760, screen="runs")
-        take(page, address, "features", 820, screen="features", latent=of)
-        take(page, address, "feature", 980, screen="feature", latent=of)
-        take(page, address, "prompt", 900, screen="prompt", text=TEXT)
-        change = f"{latent}:set:{2 * most:.1f}"
-        steer = {"changes": change, "tokens": "16", "samples": "2"}
-        take(page, address, "steer", 1400, screen="steer", text=TEXT, **steer)
-        browser.close()
-        server.terminate()
-        server.stdout.read()  # it would not end on a pipe that nobody reads
+        try:
+            while f":{port}" not in (said := server.stdout.readline()):
+                if not said:
+                    raise RuntimeError("the server ended before it listened")
+            program = shutil.which("chromium") or shutil.which("chromium-browser")
+            browser = playwright.chromium.launch(executable_path=program, args=FLAGS)
+            page = browser.new_page()
+            page.set_default_timeout(120_000)
+            of, address = str(latent), f"http://{HOST}:{port}"
+            most = FeatureStore.open(results_of(run)).latent(latent).numbers["maximum"]
+            take(page, address, "runs", 760, screen="runs")
+            take(page, address, "features", 820, screen="features", latent=of)
+            take(page, address, "feature", 980, screen="feature", latent=of)
+            take(page, address, "prompt", 900, screen="prompt", text=TEXT)
+            change = f"{latent}:set:{2 * most:.1f}"
+            steer = {"changes": change, "tokens": "16", "samples": "2"}
+            take(page, address, "steer", 1400, screen="steer", text=TEXT, **steer)
+            browser.close()
+        finally:
+            server.terminate()  # else leaving the block would wait for it without end
+            server.stdout.read()  # it would not end on a pipe that nobody reads
 
 
 if __name__ == "__main__":

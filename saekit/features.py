@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal
 
 import numpy as np
@@ -205,6 +206,7 @@ class FeatureStore:
         self.header = header
         self._columns: dict[str, ndarray] = {}
         self._lists: dict[str, tuple[ndarray, ndarray]] = {}
+        self._reading = Lock()  # who asks for the same meanwhile waits for it
 
     @classmethod
     def open(cls, results: Path) -> "FeatureStore":
@@ -244,26 +246,40 @@ class FeatureStore:
 
     def column(self, name: str) -> Shaped[ndarray, " d_sae"]:
         """One number of every latent: see `SCALARS`. Shared: nothing may change it."""
-        if name not in self._columns:
-            self._columns[name] = self._read(name).to_numpy()
+        self.load([name])
         return self._columns[name]
+
+    def load(self, names: Iterable[str]) -> None:
+        """Read several numbers of every latent in one pass, for `column` to give."""
+        with self._reading:
+            missing = [name for name in names if name not in self._columns]
+            if missing:
+                table = self._read(missing)
+                self._columns |= {name: table[name].to_numpy() for name in missing}
 
     def lists(self, name: str) -> tuple[Int[ndarray, " bounds"], Shaped[ndarray, " entries"]]:
         """One list of every latent: where each begins (and the last ends), and all of them, end to
         end."""
-        if name not in self._lists:
-            whole = self._read(name).combine_chunks()
-            begin = whole.offsets.to_numpy()
-            self._lists[name] = begin - begin[0], whole.flatten().to_numpy()
+        with self._reading:
+            if name not in self._lists:
+                whole = self._read([name])[name].combine_chunks()
+                begin = whole.offsets.to_numpy()
+                self._lists[name] = begin - begin[0], whole.flatten().to_numpy()
         return self._lists[name]
 
     @cached_property
     def top_tokens(self) -> UInt[ndarray, "d_sae place"]:
         """The tokens of each latent's strongest contexts, each context in `window` places and an
         empty one behind, which hold `len(vocab)` where there is no token. For search."""
-        paths = self._files("tokens")
-        flat = np.concatenate([self._table(path, "token")["token"].to_numpy() for path in paths])
-        return flat.reshape(self.d_sae, -1)
+        per_file, files = self.header.latents_per_file, self._files("tokens")
+        tokens = np.zeros((0, 0))
+        for number, path in enumerate(files):
+            first, last = number * per_file, min(self.d_sae, (number + 1) * per_file)
+            part = self._table(path, ["token"])["token"].to_numpy().reshape(last - first, -1)
+            if not number:  # one copy of what is large
+                tokens = np.empty((self.d_sae, part.shape[1]), part.dtype)
+            tokens[first:last] = part
+        return tokens
 
     def latent(self, index: int) -> Latent:
         """Read one latent. Raises SaekitError where the SAE has none of that number."""
@@ -289,17 +305,16 @@ class FeatureStore:
         with self._open(path) as file, _in_words(path):
             return file.read_row_group(group, use_threads=False)
 
-    def _read(self, name: str) -> Any:
-        tables = [self._table(path, name) for path in self._files("latents")]
-        return pa.concat_tables(tables)[name]
+    def _read(self, names: list[str]) -> Any:
+        return pa.concat_tables([self._table(path, names) for path in self._files("latents")])
 
     def _texts(self, name: str) -> list[str]:
-        texts: list[str] = self._table(self.folder / name, "text")["text"].to_pylist()
+        texts: list[str] = self._table(self.folder / name, ["text"])["text"].to_pylist()
         return texts
 
-    def _table(self, path: Path, column: str) -> Any:
+    def _table(self, path: Path, columns: list[str]) -> Any:
         with self._open(path) as file, _in_words(path):
-            return file.read([column])
+            return file.read(columns)
 
     def _open(self, path: Path) -> Any:
         with _in_words(path):

@@ -328,7 +328,15 @@ def _finish(figure: go.Figure, height: int, top: int = 12) -> go.Figure:
         fixedrange=True,
     )
     figure.update_yaxes(
-        gridcolor=GRID, zeroline=False, automargin=True, title_standoff=8, fixedrange=True
+        gridcolor=GRID,
+        zeroline=False,
+        automargin=True,
+        title_standoff=8,
+        fixedrange=True,
+        # Unseen ticks hold the names off the axis.
+        ticks="outside",
+        ticklen=5,
+        tickcolor="rgba(0,0,0,0)",
     )
     return figure
 

@@ -294,9 +294,11 @@ def _served(path: Path, *, write: bool) -> Iterator[str]:
     ) as server:
         assert server.stdout is not None
         said: list[str] = []
-        while f":{port}" not in (said or [""])[-1]:
-            said.append(server.stdout.readline())
-            assert said[-1], "".join(said)
-        yield f"http://{HOST}:{port}"
-        server.terminate()
-        server.stdout.read()
+        try:
+            while f":{port}" not in (said or [""])[-1]:
+                said.append(server.stdout.readline())
+                assert said[-1], "".join(said)
+            yield f"http://{HOST}:{port}"
+        finally:
+            server.terminate()  # else a failure would wait for it without end
+            server.stdout.read()

@@ -45,16 +45,11 @@ def address(runs: Path, serve: Callable[..., str]) -> str:
     return serve(runs, write=True)
 
 
-def settled(page: Page) -> Page:
-    """Once the app has run to its end."""
+def settled(page: Page) -> None:
+    """Once the app has run to its end. After a click or a key, wait first for what it changes: the
+    app may not have begun to run."""
     page.locator('[data-testid="stApp"][data-test-script-state="notRunning"]').wait_for()
     expect(page.get_by_test_id("stException")).to_have_count(0)
-    return page
-
-
-def screen(page: Page, title: str) -> None:
-    page.get_by_role("radio", name=title, exact=True).click()
-    settled(page)
 
 
 @pytest.mark.parametrize("name", SHOWS)
@@ -90,25 +85,26 @@ def test_a_latent_is_searched_for_stepped_through_and_kept(
     page.keyboard.press("Enter")
     page.wait_for_url("**query=cat**")
     settled(page)
-    first = page.get_by_role("spinbutton", name="Latent", exact=True).input_value()
-    page.get_by_role("heading", name=f"Latent {first}").click()
+    number = page.get_by_role("spinbutton", name="Latent", exact=True)
+    first = number.input_value()
+    page.get_by_role("heading", name=f"Latent {first}", exact=True).click()
     page.keyboard.press("ArrowRight")
     page.wait_for_url("**latent=**")
+    expect(number).not_to_have_value(first)
     settled(page)
-    second = page.get_by_role("spinbutton", name="Latent", exact=True).input_value()
-    assert second != first
     page.keyboard.press("ArrowLeft")
-    expect(page.get_by_role("heading", name=f"Latent {first}")).to_be_visible()
+    expect(page.get_by_role("heading", name=f"Latent {first}", exact=True)).to_be_visible()
+    expect(number).to_have_value(first)
     settled(page)
     page.get_by_role("textbox", name="Note").fill("cats, I *think*")
     page.keyboard.press("Control+Enter")
-    settled(page)
+    # What is sent later arrives later: with the star, the note is there, too.
     page.locator(".st-key-star button").first.click()
     page.locator(".st-key-star").get_by_text("star", exact=True).first.wait_for()
     settled(page)
     page.reload()
-    settled(page)
     expect(page.get_by_role("textbox", name="Note")).to_have_value("cats, I *think*")
+    settled(page)
     assert f'"{first}"' in (runs / "second" / "notes.json").read_text()
     page.goto(f"{address}/?screen=features&run=second&show=starred")
     expect(page.get_by_text("1 of 64 latents")).to_be_visible()
@@ -119,6 +115,8 @@ def test_a_row_of_the_table_opens_its_latent(address: str, page: Page) -> None:
     page.get_by_text("of 64 latents").wait_for()
     settled(page)
     table = page.get_by_test_id("stDataFrame").first
+    # Drawn: the rows, which stand in the picture once more for screen readers.
+    expect(table.locator("canvas tr").first).to_be_attached()
     table.click(position={"x": 140, "y": 35 * 3 + 17})
     page.wait_for_url("**latent=**")
     latent = re.search(r"latent=(\d+)", page.url)
@@ -128,6 +126,7 @@ def test_a_row_of_the_table_opens_its_latent(address: str, page: Page) -> None:
 
 def test_from_a_prompt_to_a_latent_to_steering(address: str, page: Page) -> None:
     page.goto(f"{address}/?screen=prompt&run=first")
+    settled(page)
     page.get_by_label("Text", exact=True).fill(TEXT)
     page.keyboard.press("Control+Enter")
     page.get_by_text("CE with the SAE").first.wait_for()
@@ -151,6 +150,7 @@ def test_from_a_prompt_to_a_latent_to_steering(address: str, page: Page) -> None
 @pytest.mark.parametrize(("title", "holds"), [("HTML", "<h3>Latent 3"), ("CSV", "latent,density")])
 def test_a_latent_is_downloaded(title: str, holds: str, address: str, page: Page) -> None:
     page.goto(f"{address}/?screen=feature&latent=3&run=first")
+    settled(page)
     with page.expect_download() as download:
         page.locator(f".st-key-download-latent-3-{title.lower()} button").click()
     assert holds in Path(download.value.path()).read_text()
@@ -170,6 +170,7 @@ def test_the_static_site_is_looked_around_in_from_the_disk(
 ) -> None:
     page.goto(export.write_site(Run.open(runs / "first"), tmp_path / "site").as_uri())
     rows = page.locator("#rows tr")
+    expect(rows.nth(1)).to_be_visible()
     n_alive = rows.count()
     rows.nth(1).click()
     expect(page.locator("#latent h2")).to_have_text(re.compile(r"Latent \d+"))

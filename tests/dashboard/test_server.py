@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from saekit.dashboard import serve, server
+from saekit.dashboard import screen_server, serve, server
+from saekit.dashboard._opened import opened
 from saekit.errors import SaekitError
 
 
@@ -66,6 +67,26 @@ def test_another_host_is_served_and_what_that_means_is_said(
     assert "--server.address=0.0.0.0" in lines[1]
     assert "There is no password" in caplog.text
     assert "ssh -L" in caplog.text
+
+
+def test_what_the_server_sends_goes_out_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    listen = screen_server.at_once(socket.socket.listen)
+    monkeypatch.setattr(socket.socket, "listen", listen)
+    with socket.socket() as listener, socket.socket() as client:
+        listener.bind((server.HOST, 0))
+        listener.listen()
+        client.connect(listener.getsockname())
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_the_server_prepares_what_the_first_page_reads(hostile_run: Path) -> None:
+    screen_server.prepare(hostile_run)
+    store = opened(hostile_run).features
+    assert store is not None
+    assert {"density", "kurtosis", "unexplained"} <= set(store._columns)
+    assert {"input_token", "promoted"} <= set(store._lists)
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "no such host"])
