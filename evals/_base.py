@@ -143,9 +143,18 @@ class Eval(ABC):
 
     def ours(self, rows: Int[Tensor, " row"]) -> list[Int[Tensor, " part"]]:
         """Of something of every row, this process's batches: an empty one at least."""
-        batches, rank = torch.split(rows, self.cfg.batch_size), self.mesh.data_rank
-        first, stop = (len(batches) * n // self.mesh.data for n in (rank, rank + 1))
+        batches = torch.split(rows, self.cfg.batch_size)
+        first, stop = self._share(len(rows))
         return list(batches[first:stop]) or [rows[:0]]
+
+    def before(self, n: int) -> int:
+        """How many of n rows lie before the batches that `ours` gives of them."""
+        return min(n, self._share(n)[0] * self.cfg.batch_size)
+
+    def _share(self, n: int) -> tuple[int, int]:
+        """Numbers of this process's batches of n rows: the first, and that behind the last."""
+        count, rank = -(-n // self.cfg.batch_size), self.mesh.data_rank
+        return count * rank // self.mesh.data, count * (rank + 1) // self.mesh.data
 
     def rows(self) -> Int[Tensor, " row"]:
         """Which rows of the cache `batches` gives, those of all processes.

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from saekit.distributed import Mesh
 from saekit.errors import Undefined
 from saekit.sae import SparseCode
 
@@ -21,15 +22,21 @@ class Windows:
     gap; an incomplete one at the end does not count. Memory is a few numbers a latent.
 
     Under the rule `least` a latent is dead in a window where it fires on fewer than `least` rows.
+    One of several processes begins at row `start` of all, and `joined` has the windows of all of
+    them.
     """
 
-    def __init__(self, size: int, d_sae: int, rules: Sequence[int]) -> None:
+    def __init__(self, size: int, d_sae: int, rules: Sequence[int], start: int = 0) -> None:
         self.size = size
         self.d_sae = d_sae
         self.n = 0
         """Complete windows."""
         self._count = torch.zeros(d_sae, dtype=torch.long)
-        self._rows = 0
+        self._rows = start % size
+        """Of the open window, those before `start` too."""
+        self._begun_before = self._rows > 0
+        self._head = torch.zeros(0, d_sae, dtype=torch.long)
+        """Of the window that began before `start`: its part behind, once it was filled."""
         self._dead = dict.fromkeys(rules, 0)
         self._first = self._last = self._count
 
@@ -45,7 +52,48 @@ class Windows:
             if self._rows == self.size:
                 self._close()
 
+    def joined(self, mesh: Mesh) -> "Windows":
+        """Those of all rows, of which each process was given its own, in the order of the ranks."""
+        if mesh.data == 1:
+            return self
+        whole = Windows(self.size, self.d_sae, tuple(self._dead))
+        gathered = zip(*(mesh.gather(t, "data") for t in self._state()), strict=True)
+        for numbers, head, count, first, last in gathered:
+            begun_before, filled, rows, n, *dead = numbers.tolist()
+            if begun_before:
+                whole._count = whole._count + (head if filled else count)
+                whole._rows = self.size if filled else rows
+                if filled:
+                    whole._close()
+            if filled or not begun_before:
+                whole._first = first if whole.n == 0 else whole._first
+                whole._last = last if n else whole._last
+                whole.n += n
+                whole._dead = {
+                    least: one + more
+                    for (least, one), more in zip(whole._dead.items(), dead, strict=True)
+                }
+                whole._count, whole._rows = count, rows
+        return whole
+
+    def _state(self) -> list[Int[Tensor, "..."]]:
+        """As tensors of the same shapes in all processes."""
+        filled = len(self._head)
+        numbers = [self._begun_before, filled, self._rows, self.n, *self._dead.values()]
+        return [
+            torch.tensor([int(number) for number in numbers]),
+            self._head.sum(0),
+            self._count,
+            self._first,
+            self._last,
+        ]
+
     def _close(self) -> None:
+        if self._begun_before and not len(self._head):
+            # Of what came before its share others know.
+            self._head = self._count[None]
+            self._count, self._rows = torch.zeros_like(self._count), 0
+            return
         for least in self._dead:
             self._dead[least] += int((self._count < least).sum())
         self._first = self._count if self.n == 0 else self._first

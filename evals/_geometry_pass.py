@@ -12,6 +12,7 @@ from saekit.errors import Undefined
 from saekit.evals._base import Eval
 from saekit.evals._linear import Moments
 from saekit.evals._metrics import Firing
+from saekit.evals._ranks import joined
 
 
 def root(moments: Moments) -> Float[Tensor, "d d"]:
@@ -28,20 +29,21 @@ def root(moments: Moments) -> Float[Tensor, "d d"]:
 
 
 def look(of: Eval, covariance_rows: int) -> tuple[Firing, Moments | None]:
-    """One pass over the rows of an evaluation: how often latents fire, and the moments of the first
-    `covariance_rows`."""
+    """One pass over the rows of an evaluation, of all processes: how often latents fire, and the
+    moments of the first `covariance_rows`."""
     firing: Firing | None = None
     moments: Moments | None = None
-    left = covariance_rows
+    left = max(0, covariance_rows - of.before(len(of.rows())))
     for x in of.batches():
         here = Firing.of(of.sae.encode_sparse(x), of.sae.d_sae)
         firing = here if firing is None else firing + here
-        if left:
+        if left or moments is None:
             some = Moments.of(x[:left])
             moments = some if moments is None else moments + some
             left -= some.n
-    assert firing is not None
-    return firing, moments
+    assert firing is not None and moments is not None
+    moments = joined(moments, of.mesh)
+    return joined(firing, of.mesh), moments if covariance_rows else None
 
 
 def alive(firing: Firing, least: int) -> Int[Tensor, " alive"]:

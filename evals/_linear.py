@@ -56,13 +56,14 @@ class Moments:
         """Without targets, where mean and scatter of x are all that is wanted."""
         x = x.double()
         y = x[:, :0] if y is None else y.double()
-        x_mean, y_mean = x.mean(0), y.mean(0)
+        n = max(len(x), 1)
+        x_mean, y_mean = x.sum(0) / n, y.sum(0) / n
         centred = x - x_mean
         return cls(len(x), x_mean, y_mean, centred.T @ centred, centred.T @ (y - y_mean))
 
     def __add__(self, other: "Moments") -> "Moments":
         n = self.n + other.n
-        share = other.n / n
+        share = other.n / max(n, 1)
         # Chan, Golub and LeVeque 1983: the scatter of a union from the scatters of its parts.
         dx, dy = other.x_mean - self.x_mean, other.y_mean - self.y_mean
         return Moments(

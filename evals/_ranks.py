@@ -1,23 +1,25 @@
-"""What several processes have summed up of an evaluation's rows, as one."""
+"""What several processes have found of an evaluation's rows or latents, as one."""
 
 import dataclasses
 from functools import reduce
 from typing import Any, TypeVar
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from saekit.distributed import Mesh
 from saekit.evals._metrics import Mean
 from saekit.evals._splice import Losses
+from saekit.matching import SIGNS, Nearest, Sign, nearest, rows_at_once
 
 _T = TypeVar("_T")
 
 
 def joined(part: _T, mesh: Mesh) -> _T:
     """The sum, by `+` and in the order of the ranks, of what each process has: a dataclass of
-    numbers (float64 or whole), of tensors that have one shape in all processes, and of such
-    dataclasses.
+    numbers (float64 or whole), of tensors that have one shape in all processes, of such
+    dataclasses, and of None where it is None in all.
     """
     if mesh.data == 1:
         return part
@@ -34,11 +36,38 @@ def _gathered(part: Any, mesh: Mesh) -> list[Any]:
             type(part)(**dict(zip(names, values, strict=True)))
             for values in zip(*columns, strict=True)
         ]
+    if part is None:
+        return [None] * mesh.data
     if isinstance(part, Tensor):
         return list(mesh.gather(part, "data").unbind())
     dtype = torch.int64 if isinstance(part, int) else torch.float64
     found: list[Any] = mesh.gather(torch.tensor(part, dtype=dtype), "data").tolist()
     return found
+
+
+def nearest_by_all(
+    a: Float[Tensor, "a d"], b: Float[Tensor, "b d"], own: Int[Tensor, " a"], mesh: Mesh
+) -> dict[Sign, Nearest]:
+    """`matching.nearest`, of which each process looks for a part of the rows of a: in the blocks of
+    one process, and so with its numbers."""
+    if mesh.data == 1 or len(a) == 0 or len(b) < 2:
+        return nearest(a, b, own)
+    block = rows_at_once(len(b))
+    size = -(-len(a) // (block * mesh.data)) * block
+    part = slice(mesh.data_rank * size, (mesh.data_rank + 1) * size)
+    found = nearest(a[part], b, own[part]) if len(a[part]) else {}
+
+    def whole(here: Tensor) -> Tensor:
+        padded = here.new_zeros(size)
+        padded[: len(here)] = here
+        return mesh.gather(padded, "data").flatten()[: len(a)]
+
+    nothing = Nearest(torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+    return {
+        sign: Nearest(whole(one.cosine), whole(one.row))
+        for sign in SIGNS
+        for one in [found.get(sign, nothing)]
+    }
 
 
 def joined_losses(losses: dict[str, Losses], mesh: Mesh) -> dict[str, Losses]:

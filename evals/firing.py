@@ -33,6 +33,7 @@ from saekit.evals._firing_rows import RowMeans, measure, measures
 from saekit.evals._firing_units import Posterior, Spread, training_scale, variance_kind
 from saekit.evals._firing_windows import Windows
 from saekit.evals._metrics import Firing
+from saekit.evals._ranks import joined
 from saekit.evals._resample import Resamples
 
 log = logging.getLogger(__name__)
@@ -107,6 +108,7 @@ class _Sums:
 
 class Firings(Eval):
     Config: ClassVar[type[EvalConfig]] = FiringConfig
+    SHARES_ROWS = True
     cfg: FiringConfig
 
     def run(self) -> Findings:
@@ -118,9 +120,11 @@ class Firings(Eval):
         self.scale = training_scale(sae.provenance, mean_norm, sae.d_in)
         documents = self.documents().cpu()
         sizes = self._sizes(len(documents))
-        self.windows = [Windows(size, sae.d_sae, cfg.rules) for size in sizes]
+        start = self.before(len(documents))
+        self.windows = [Windows(size, sae.d_sae, cfg.rules, start) for size in sizes]
         self.resamples = Resamples.of(documents, cfg.n_bootstrap, cfg.seed)
-        sums = reduce(add, map(self._look, self.batches(), documents.split(cfg.batch_size)))
+        sums = joined(reduce(add, map(self._look, self.batches(), self.ours(documents))), self.mesh)
+        self.windows = [window.joined(self.mesh) for window in self.windows]
         found = [
             means(sums.means, measures(sae.d_sae, cfg.near_zero, self.kind)),
             sparsities(sums.firing),

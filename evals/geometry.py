@@ -30,7 +30,8 @@ from saekit.errors import ConfigError, Undefined
 from saekit.evals._base import Eval, EvalConfig, Findings
 from saekit.evals._geometry_nulls import beside_nulls, nulls
 from saekit.evals._geometry_pass import alive, look
-from saekit.matching import SIGNS, Nearest, Sign, nearest, unit_rows
+from saekit.evals._ranks import nearest_by_all
+from saekit.matching import SIGNS, Nearest, Sign, unit_rows
 from saekit.results import Metric
 from saekit.seeds import stream
 
@@ -75,6 +76,7 @@ class GeometryConfig(EvalConfig):
 class Geometry(Eval):
     Config: ClassVar[type[EvalConfig]] = GeometryConfig
     NORMALISED = True
+    SHARES_ROWS = True
     cfg: GeometryConfig
 
     def run(self) -> Findings:
@@ -126,13 +128,13 @@ class Geometry(Eval):
             return of | {f"pair_cos_{side}_{name}": v for name, v in pair_cosines(rows).items()}
 
         try:
-            found = nearest(rows[asked], rows, asked)
+            found = nearest_by_all(rows[asked], rows, asked, self.mesh)
         except Undefined as reason:
             log.warning("max_cos_%s and pair_cos_%s are left out: %s", side, side, reason)
             return Findings(metrics=metrics)
         compared = beside_nulls(
             numbers(rows, found),
-            lambda random: numbers(random, nearest(random[asked], random, asked)),
+            lambda random: numbers(random, nearest_by_all(random[asked], random, asked, self.mesh)),
             [rows],
             # Encoder columns do not follow the data's covariance; some undo it.
             self.nulls if side == "dec" else {"null": self.nulls["null"]},

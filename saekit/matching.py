@@ -53,6 +53,11 @@ class Nearest:
         return float((self.cosine > over).double().mean())
 
 
+def rows_at_once(n: int) -> int:
+    """How many rows are compared at once with n others."""
+    return max(1, _COSINES_AT_ONCE // n)
+
+
 def nearest(
     a: Float[Tensor, "a d"],
     b: Float[Tensor, "b d"],
@@ -69,7 +74,7 @@ def nearest(
             "rows, so that more latents are alive"
         )
     found: dict[Sign, list[tuple[Tensor, Tensor]]] = {sign: [] for sign in SIGNS}
-    for rows in torch.arange(len(a)).split(max(1, _COSINES_AT_ONCE // len(b))):
+    for rows in torch.arange(len(a)).split(rows_at_once(len(b))):
         cosine = a[rows] @ b.T
         here = torch.arange(len(rows))
         for sign in SIGNS:

@@ -249,7 +249,7 @@ def test_what_cannot_be_shared_is_refused_to_the_processes_of_torchrun(
     name = " ".join(command[: 1 + (command[0] in ("features", "eval"))])
     assert code == 2
     assert f"'saekit {name}' runs in one process, and there are 2: start it without tor" in err
-    assert "Several share the work of: harvest, train, eval core" in err
+    assert "Several share the work of: harvest, train, features build, eval core" in err
 
 
 def test_several_processes_do_not_harvest_for_a_feature_store(

@@ -87,8 +87,8 @@ def refuse_several(command: str) -> None:
     if ranks > 1:
         raise ConfigError(
             f"'saekit {command}' runs in one process, and there are {ranks}: start it without "
-            "torchrun. Several share the work of: harvest, train, eval core, eval examples, "
-            "features build"
+            "torchrun. Several share the work of: harvest, train, features build, eval core, "
+            "examples, firing or geometry"
         )
 
 

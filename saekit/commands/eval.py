@@ -16,7 +16,8 @@ SHARED = True
 @dataclass(frozen=True, kw_only=True)
 class EvalArgs(ConfigArgs):
     """Evaluate a sparse autoencoder on a cache, by default on documents that training never saw.
-    The processes of torchrun share the rows, where an evaluation can be shared: core, examples."""
+    The processes of torchrun share the rows, where an evaluation can be shared: core, examples,
+    firing, geometry."""
 
     sae: Path
     """Folder of the SAE: a run, or one of another tool's (then name the cache and the hook)."""
