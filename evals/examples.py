@@ -90,7 +90,8 @@ class Examples(Eval):
     SHARES_ROWS = True
     cfg: ExamplesConfig
 
-    LATENTS_PER_FILE, LATENTS_PER_GROUP = 4096, 128
+    LATENTS_PER_FILE: ClassVar[int] = 4096
+    LATENTS_PER_GROUP: ClassVar[int] = 128
 
     def run(self) -> Findings:
         if self.out is not None:

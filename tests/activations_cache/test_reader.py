@@ -1,5 +1,6 @@
 import gc
 import json
+import os
 import threading
 from collections.abc import Callable
 from itertools import count
@@ -291,9 +292,10 @@ def test_batches_that_are_through_in_another_order_come_in_their_own(
 def test_threads_are_half_of_the_cores_shared_with_the_other_processes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(reader.os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     found = {}
     for cores, near in ((1, 1), (2, 1), (4, 1), (16, 1), (16, 4), (128, 8), (8, 8)):
+        mine = set(range(cores))
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, mine=mine: mine, raising=False)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(near))
         found[cores, near] = reader.threads_here()
     assert list(found.values()) == [1, 1, 2, 8, 2, 8, 1]

@@ -1,15 +1,12 @@
 """One SAE trained by several processes, which share out its latents and the rows of each batch:
 what comes out is what one process makes. They are started a few times, with many jobs each."""
 
-import multiprocessing
 import os
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -35,33 +32,9 @@ config: Callable[..., TrainConfig] = OURS["config"]
 TOLERANCE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 
 KINDS = ["topk", "batch_topk", "mutual_choice", "jumprelu", "matching_pursuit"]
+PRELOAD = tuple(f"saekit.trainers.{kind}" for kind in KINDS)
 Job = dict[str, Any]
-
-
-def start(n: int, jobs: list[Job]) -> list[ForkServerProcess]:
-    """Processes that do the jobs together, with everything imported already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["saekit.cli", *(f"saekit.trainers.{k}" for k in KINDS)])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    processes = []
-    for rank in range(n):
-        env = {"RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_RANK": str(rank)}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        given = {"JOBS": jobs, "ENV": env}
-        process = context.Process(target=runpy.run_path, args=(str(RANKS), given))
-        process.start()
-        processes.append(process)
-    return processes
-
-
-def wait(processes: list[ForkServerProcess]) -> list[int | None]:
-    for process in processes:
-        process.join(120)
-        process.kill()
-        process.join()
-    return [process.exitcode for process in processes]
+Start = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +47,7 @@ def job(out: Path, cache: ActivationCache, mesh: tuple[int, int], kind: str, **m
 
 
 @pytest.fixture(scope="module")
-def two(folder: Path, planted: ActivationCache) -> list[int | None]:
+def two(folder: Path, planted: ActivationCache, start_ranks: Start) -> list[int | None]:
     jobs: list[Job] = []
     for mesh in ((1, 2), (2, 1)):
         name = f"{mesh[0]}x{mesh[1]}"
@@ -82,11 +55,14 @@ def two(folder: Path, planted: ActivationCache) -> list[int | None]:
         jobs += [job(folder / f"{name}-{kind}", planted, mesh, kind) for kind in KINDS]
     jobs.append(job(folder / "resumed", planted, (1, 2), "mutual_choice", stop=6))
     killed = job(folder / "killed", planted, (1, 2), "topk", kill=[1, 10])
-    return wait(start(2, [*jobs, killed]))
+    codes: list[int | None] = start_ranks(2, RANKS, PRELOAD, JOBS=[*jobs, killed]).wait()
+    return codes
 
 
 @pytest.fixture(scope="module")
-def four(folder: Path, planted: ActivationCache, two: list[int | None]) -> list[int | None]:
+def four(
+    folder: Path, planted: ActivationCache, two: list[int | None], start_ranks: Start
+) -> list[int | None]:
     stop_after(folder / "resumed", planted, 11)
     clipped = {"options": {"clip_norm": 3.0}}
     jobs: list[Job] = [
@@ -97,7 +73,8 @@ def four(folder: Path, planted: ActivationCache, two: list[int | None]) -> list[
         job(folder / "1x4-matching_pursuit", planted, (1, 4), "matching_pursuit"),
         job(folder / "resumed", planted, (1, 4), "mutual_choice"),
     ]
-    return wait(start(4, jobs))
+    codes: list[int | None] = start_ranks(4, RANKS, PRELOAD, JOBS=jobs).wait()
+    return codes
 
 
 class Stopped(Exception):
@@ -241,14 +218,13 @@ def test_torchrun_starts_the_command_again_from_the_last_checkpoint(
 
 
 def test_a_process_that_stands_still_is_named_and_the_others_end(
-    folder: Path, planted: ActivationCache
+    folder: Path, planted: ActivationCache, start_ranks: Start
 ) -> None:
     still = job(folder / "still", planted, (1, 2), "topk", stand=[1, 6], stall=1.0)
-    processes = start(2, [still])
-    processes[0].join(120)
-    assert processes[0].exitcode == 1
-    processes[1].kill()
-    processes[1].join()
+    ranks = start_ranks(2, RANKS, PRELOAD, JOBS=[still])
+    ranks.processes[0].join(120)
+    assert ranks.processes[0].exitcode == 1
+    ranks.kill()
     said = (folder / "still-said-0").read_text()
     assert "rank 0 of 2 has waited 1 s in step 7. Behind it: rank 1 (in step 7)." in said
     assert (folder / "still" / "train_state" / "state.safetensors").exists()
