@@ -216,7 +216,7 @@ def _neighbours(store: FeatureStore, latent: Latent) -> None:
                 selection_mode=["single-row", "single-cell"],
                 column_config={
                     "latent": st.column_config.NumberColumn(format="%d", width=50),
-                    what: st.column_config.NumberColumn(format="%.2f", width=50),
+                    what: st.column_config.NumberColumn(format="%.2f", width=62),
                     "density": st.column_config.NumberColumn(format="%.2g%%", width=55),
                 },
                 height=35 * (len(near) + 1) + 3,

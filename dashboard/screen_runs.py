@@ -131,7 +131,12 @@ def _one(run: Run) -> None:
             column.caption(tile.aside)
         st.html(_render.plain_html(measured_on(run.core)))
     st.markdown("#### Training")
-    chart(plot.training_curves(run.curves), "training")
+    panels = list(plot.training_panels(run.curves).items())
+    for at in range(0, len(panels), 3):
+        # Beside each other where there is room: drawn as one they would overlap on a phone.
+        for column, (name, panel) in zip(st.columns(3), panels[at : at + 3], strict=False):
+            with column:
+                chart(panel, f"training-{name}")
     left, right = st.columns(2, gap="large")
     density = _latents.density(run)
     if run.core is not None:

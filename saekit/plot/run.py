@@ -207,6 +207,7 @@ def token_bars(promoted: Sequence[TokenLogit], suppressed: Sequence[TokenLogit])
             row=1,
             col=column,
         )
+        figure.update_xaxes(title_text="logit, a unit of activation", row=1, col=column)
         figure.update_yaxes(
             tickvals=list(range(len(tokens))),
             ticktext=short,
@@ -217,7 +218,7 @@ def token_bars(promoted: Sequence[TokenLogit], suppressed: Sequence[TokenLogit])
         )
     figure.update_annotations(font_size=13)
     rows = max(len(promoted), len(suppressed))
-    return _finish(figure, height=90 + 22 * rows, top=36)
+    return _finish(figure, height=110 + 22 * rows, top=36)
 
 
 def ce_ladder(metrics: Mapping[str, Metric]) -> go.Figure:

@@ -300,5 +300,5 @@ def _served(path: Path, *, write: bool) -> Iterator[str]:
                 assert said[-1], "".join(said)
             yield f"http://{HOST}:{port}"
         finally:
-            server.terminate()  # else a failure would wait for it without end
+            server.kill()  # at once; without, a failure would wait for it without end
             server.stdout.read()
