@@ -356,6 +356,9 @@ class _Source:
             cache.take(column, torch.empty(0, dtype=torch.int64))
         self._stream = None
         if self._device.type == "cuda":
+            if self._device.index is None:
+                # The caller's: other threads begin with the first.
+                self._device = torch.device("cuda", torch.cuda.current_device())
             # Beside the steps, not between them: a copy takes a good part of a short step's time.
             self._stream = torch.cuda.Stream(self._device)
 
