@@ -1,10 +1,10 @@
 """The fused step by two processes, in Triton's interpreter: latents shared out, or rows."""
 
 import json
-import multiprocessing
 import runpy
-import socket
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,25 +25,10 @@ NEAR_LOW = 2e-2
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def found(tmp_path_factory: pytest.TempPathFactory, start_ranks: Callable[..., Any]) -> Path:
     folder = tmp_path_factory.mktemp("mesh")
-    context = multiprocessing.get_context("forkserver")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    processes = []
-    for rank in range(2):
-        env = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-        env |= {"MASTER_PORT": port, "TRITON_INTERPRET": "1"}
-        given = {"ENV": env, "OUT": str(folder), "HERE": str(SCRIPT.parent)}
-        process = context.Process(target=runpy.run_path, args=(str(SCRIPT), given))
-        process.start()
-        processes.append(process)
-    for process in processes:
-        process.join(300)
-        process.kill()
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0]
+    ranks = start_ranks(2, SCRIPT, OUT=str(folder), HERE=str(SCRIPT.parent))
+    assert ranks.wait(300) == [0, 0]
     return folder
 
 
