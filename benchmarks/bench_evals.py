@@ -101,8 +101,11 @@ def made(folder: Path, name: str, d_in: int, d_sae: int, cache: ActivationCache,
 
 def prepared(folder: Path, most: int, d_sae: int) -> None:
     """The caches and SAEs, those that are not there yet."""
+    manifest, n = folder / "cache" / "manifest.json", round(1.5 * most)
+    if manifest.exists():  # One that was made for more is as good.
+        n = max(n, json.loads(manifest.read_text(encoding="utf-8"))["config"]["n_tokens"])
     # Most documents are held out: they are what is looked at.
-    config = HarvestConfig(hooks=(HOOK, HEADS), n_tokens=round(1.5 * most), holdout=0.75)
+    config = HarvestConfig(hooks=(HOOK, HEADS), n_tokens=n, holdout=0.75)
     cache = harvest(config, folder / "cache", progress=True)
     for name, hook in (("sae", HOOK), ("other", HOOK), ("heads", HEADS)):
         made(folder, name, cache.width(hook), d_sae, cache, hook)
