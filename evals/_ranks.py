@@ -62,7 +62,7 @@ def nearest_by_all(
         padded[: len(here)] = here
         return mesh.gather(padded, "data").flatten()[: len(a)]
 
-    nothing = Nearest(torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+    nothing = Nearest(a.new_zeros(0), own.new_zeros(0))
     return {
         sign: Nearest(whole(one.cosine), whole(one.row))
         for sign in SIGNS
