@@ -155,11 +155,21 @@ def trained(experiment: str, data: str) -> Callable[[Results], str]:
                 str(len(group)),
                 *(_mean([line[name] for line in group], name) for name in shown),
             )
-            for group in groups.values()
+            for group in (groups.values() if experiment != "tools" else _by_kind(groups))
         ]
         return markdown(("kind", "options", "seeds", *(_FIGURES[name][0] for name in shown)), rows)
 
     return table
+
+
+def _by_kind(groups: Results) -> list[list[Line]]:
+    """Runs of tools, those that compare next to each other."""
+
+    def place(group: list[Line]) -> tuple[str, bool, str, float]:
+        line = group[0]
+        return line["kind"], line["impl"] != "saekit", line["impl"], line["options"]["lr"]
+
+    return sorted(groups.values(), key=place)
 
 
 def _options(line: Line) -> str:
