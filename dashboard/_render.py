@@ -144,8 +144,11 @@ def percent(value: float) -> str:
 def escape_markdown(text: object) -> str:
     """Text that Markdown (GitHub's and Streamlit's) shows as it is: no markup, no HTML, no table
     cells, no emoji for `:name:`, which no backslash prevents, so an invisible sign stands in it."""
-    marked = re.sub(r"([\\`*_\[\]~|$])", r"\\\1", escape(str(text), quote=False))
-    return re.sub(r":(?=[\w\\+/-]+:)", ":\N{WORD JOINER}", marked)
+    return _without_emoji(re.sub(r"([\\`*_\[\]~|$])", r"\\\1", escape(str(text), quote=False)))
+
+
+def _without_emoji(markdown: str) -> str:
+    return re.sub(r":(?=[\w\\+/-]+:)", ":\N{WORD JOINER}", markdown)
 
 
 def markdown_context(context: Context) -> str:
@@ -153,8 +156,11 @@ def markdown_context(context: Context) -> str:
 
     Asterisks open and close bold only beside letters and digits, so other peaks get a `b` element.
     """
-    return "".join(
-        _bold(span) if span.is_peak else escape_markdown(span.text) for span in context.spans
+    # A name between colons may be of several tokens.
+    return _without_emoji(
+        "".join(
+            _bold(span) if span.is_peak else escape_markdown(span.text) for span in context.spans
+        )
     )
 
 

@@ -5,9 +5,8 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
-from urllib.parse import urlsplit
 
 import jinja2
 import yaml
@@ -18,6 +17,7 @@ from saekit.files import file_sha256
 from saekit.interop import _formats, folded, read_stored
 from saekit.interop._hub import SUMS
 from saekit.interop._parity import FILE as PARITY
+from saekit.interop._parity import read_record
 from saekit.results import RESULTS, EvalResult
 
 LICENCES = ("mit", "apache-2.0", "cc-by-4.0", "cc-by-sa-4.0", "cc0-1.0", "bsd-3-clause", "other")
@@ -107,7 +107,7 @@ def parcel(folder: Path, address: str, licence: str | None, title: str | None = 
     results = sorted((folder / RESULTS).glob("*.json")) if (folder / RESULTS).is_dir() else []
     own = [file for name in (*_files(stored.format), PARITY) for file in sorted(folder.glob(name))]
     files: dict[str, Path | bytes] = {p.relative_to(folder).as_posix(): p for p in (*own, *results)}
-    parity = _proof(folder / PARITY)
+    parity = _proof(folder)
     if parity is not None:
         files[PARITY] = json.dumps(parity, indent=1).encode()
     sums = {name: _sha256(content) for name, content in sorted(files.items())}
@@ -135,14 +135,15 @@ def parcel(folder: Path, address: str, licence: str | None, title: str | None = 
     return Parcel(card, {**files, **extra})
 
 
-def _proof(path: Path) -> dict[str, Any] | None:
+def _proof(folder: Path) -> dict[str, Any] | None:
     """What `parity.json` says, less the folders that what was converted lay in."""
-    if not path.is_file():
+    if not (folder / PARITY).is_file():
         return None
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    record = read_record(folder)
     for name in ("sources", "asked_for"):
         record[name] = [
-            Path(source).name if _of_this_machine(source) else source for source in record[name]
+            Path(source).name if _of_this_machine(source) else source
+            for source in record.get(name, [])
         ]
     return record
 
@@ -152,13 +153,14 @@ def _sha256(content: Path | bytes) -> str:
 
 
 def machine_paths(files: dict[str, Path | bytes]) -> list[str]:
-    """Which paths of this machine the JSON among these files names, as "'/home/me/model' in
-    config.json"."""
+    """Which paths of this machine the JSON and YAML among these files name, as "'/home/me/model'
+    in config.json"."""
     found: dict[str, None] = {}
     for name, content in sorted(files.items()):
-        if name.endswith(".json"):
+        read = {".json": json.loads, ".yaml": yaml.safe_load}.get(PurePath(name).suffix)
+        if read is not None:
             data = content.read_bytes() if isinstance(content, Path) else content
-            for text in _texts(json.loads(data)):
+            for text in _texts(read(data)):
                 if _of_this_machine(text):
                     found[f"{text!r} in {name}"] = None
     return list(found)
@@ -174,9 +176,7 @@ def _texts(values: Any) -> Iterator[str]:
 
 
 def _of_this_machine(text: str) -> bool:
-    if "\n" in text or len(text) > 4096:
-        return False
-    return urlsplit(text).scheme == "file" or Path(text).is_absolute() or text.startswith("~")
+    return text.startswith(("file:", "~/")) or Path(text).is_absolute()
 
 
 def _files(format: str) -> tuple[str, ...]:

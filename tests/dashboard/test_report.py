@@ -83,6 +83,11 @@ def test_the_peak_is_bold_whatever_stands_beside_it(text: str, line: str) -> Non
     assert _render.markdown_context(Context("d", 1.0, spans)) == line
 
 
+def test_a_name_between_colons_is_no_picture_though_it_is_of_several_tokens() -> None:
+    spans = [Span(text, 0.0, False) for text in (":", "smi", "le", ":")]
+    assert _render.markdown_context(Context("d", 1.0, spans)) == ":\N{WORD JOINER}smile:"
+
+
 def test_the_report_says_how_its_latents_were_picked(tiny_run: Path, tmp_path: Path) -> None:
     out = write_report(tiny_run, tmp_path / "report.html", n_latents=3, seed=5)
     text = Page(out).text

@@ -235,6 +235,17 @@ def test_paths_of_this_machine_are_uploaded_only_where_asked_for(
     assert "/home/somebody/model" in hub.files["config.json"].decode()
 
 
+def test_which_texts_are_paths_of_this_machine() -> None:
+    texts = {"a": "~/model", "b": ["file:///x"], "c": "a//[b", "d": "~ 3 of 4", "e": "https://x/y"}
+    files: dict[str, Path | bytes] = {
+        "a.json": json.dumps(texts).encode(),
+        "b.yaml": b"model: /home/me/model",
+        "c.txt": b"/home",
+    }
+    found = ["'~/model' in a.json", "'file:///x' in a.json", "'/home/me/model' in b.yaml"]
+    assert _card.machine_paths(files) == found
+
+
 def test_what_a_hub_refuses_is_said_in_a_sentence(hub: Hub, tiny_run: Path) -> None:
     hub.denied = True
     made = _card.parcel(tiny_run, "hf://owner/saes", "mit")
