@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
-from saekit.commands._shared import ConfigArgs, parse, print_metrics, toml
+from saekit.commands._shared import ConfigArgs, evaluated, parse, toml
 from saekit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,14 +42,12 @@ class BuildArgs(ConfigArgs):
 
 def run(argv: list[str]) -> None:
     argv, given = toml(argv)
-    from saekit.activations_cache.job import resolve_device
     from saekit.activations_cache.store import ActivationCache
     from saekit.activations_cache.unshuffled import unshuffled
-    from saekit.checkpoint import load
-    from saekit.distributed import connect, disconnect, place
-    from saekit.evals._base import evaluate
+    from saekit.distributed import place
     from saekit.evals.examples import ExamplesConfig
     from saekit.features import NAME
+    from saekit.interop import load
     from saekit.results import RESULTS
 
     args = parse(BuildArgs, argv, "features build", ExamplesConfig, given)
@@ -58,7 +56,7 @@ def run(argv: list[str]) -> None:
             f"cache {args.cache} and --dataset {args.dataset} are both given: the texts are those "
             "of the one or the other"
         )
-    rank, ranks = place()
+    _, ranks = place()
     if ranks > 1 and args.dataset is not None:
         raise ConfigError(
             f"{ranks} processes build from a cache that is there: leave out --dataset, and give "
@@ -74,21 +72,8 @@ def run(argv: list[str]) -> None:
 
         cache = cache_of(args.sae)
     out = args.out or args.sae / RESULTS
-    result = evaluate(
-        "examples",
-        sae,
-        cache,
-        hook=args.hook,
-        config=args.config,
-        out=out,
-        progress=rank == 0,
-        mesh=connect((ranks, 1), resolve_device(args.config.device)),
-    )
-    disconnect()
-    if rank > 0:
-        return
-    print_metrics(result)
-    print(f"{out / NAME}\nNext: saekit dashboard {args.sae}")
+    if evaluated("examples", sae, cache, args.hook, args.config, out):
+        print(f"{out / NAME}\nNext: saekit dashboard {args.sae}")
 
 
 def _read_text(args: BuildArgs, sae: "SAE") -> "ActivationCache":

@@ -15,8 +15,10 @@ import tyro
 from saekit.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
+    from saekit.activations_cache.store import ActivationCache
     from saekit.config import Config
     from saekit.results import EvalResult
+    from saekit.sae import SAE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,26 @@ def toml(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     from saekit.config import read_toml
 
     return argv[1:], read_toml(Path(argv[0]))
+
+
+def evaluated(
+    name: str, sae: "SAE", cache: "ActivationCache", hook: str | None, config: Any, out: Path
+) -> bool:
+    """Run an evaluation by all processes that torchrun started, or by this one, and print what it
+    found. Whether this is the process that says what comes next."""
+    from saekit.activations_cache.job import resolve_device
+    from saekit.distributed import connect, disconnect, place
+    from saekit.evals._base import evaluate
+
+    rank, ranks = place()
+    mesh = connect((ranks, 1), resolve_device(config.device))
+    result = evaluate(
+        name, sae, cache, hook=hook, config=config, out=out, progress=rank == 0, mesh=mesh
+    )
+    disconnect()
+    if rank == 0:
+        print_metrics(result)
+    return rank == 0
 
 
 def refuse_several(command: str) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saekit.commands._shared import ConfigArgs, choice, parse, print_metrics, refuse_several, toml
+from saekit.commands._shared import ConfigArgs, choice, evaluated, parse, refuse_several, toml
 from saekit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,16 +31,12 @@ class EvalArgs(ConfigArgs):
 
 
 def run(argv: list[str]) -> None:
-    from saekit.activations_cache.job import resolve_device
     from saekit.activations_cache.store import ActivationCache
     from saekit.commands import _eval_all
-    from saekit.distributed import connect, disconnect, place
     from saekit.evals import _kinds
-    from saekit.evals._base import evaluate
     from saekit.interop import load
     from saekit.results import RESULTS
 
-    rank, ranks = place()
     name, argv = choice(argv, "eval", "NAME", [*_kinds.names(), "all"])
     if name == "all":
         refuse_several("eval all")
@@ -52,21 +48,8 @@ def run(argv: list[str]) -> None:
     sae = load(args.sae)
     cache = cache_of(args.sae) if args.cache is None else ActivationCache.open(args.cache)
     out = args.out or args.sae / RESULTS
-    result = evaluate(
-        name,
-        sae,
-        cache,
-        hook=args.hook,
-        config=args.config,
-        out=out,
-        progress=rank == 0,
-        mesh=connect((ranks, 1), resolve_device(args.config.device)),
-    )
-    disconnect()
-    if rank > 0:
-        return
-    print_metrics(result)
-    print(f"{out / name}.json\nNext: saekit report {args.sae}, or saekit dashboard {args.sae}")
+    if evaluated(name, sae, cache, args.hook, args.config, out):
+        print(f"{out / name}.json\nNext: saekit report {args.sae}, or saekit dashboard {args.sae}")
 
 
 def cache_of(sae: Path) -> "ActivationCache":
