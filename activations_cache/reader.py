@@ -8,15 +8,17 @@ import threading
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
-from saekit.activations_cache.store import ActivationCache, Split
+from saekit.activations_cache.shards import gather
+from saekit.activations_cache.store import ActivationCache, Split, in_rising_order
 from saekit.config import differences
 from saekit.errors import ConfigError
 
@@ -27,8 +29,11 @@ CHUNK = 65_536
 """Rows that stay together, in stored order, where blocks are shuffled."""
 
 _MOST_THREADS = 8
-_AHEAD = 256 << 20
+_AHEAD = 512 << 20
 """Bytes of batches that are held ready, where more than two are."""
+_TOGETHER = 64 << 20
+"""Bytes of batches for a GPU that are gathered as one. Threads take turns at Python, and each time
+cost a GPU's short step more than what they copy in between."""
 
 
 def threads_here() -> int:
@@ -39,6 +44,26 @@ def threads_here() -> int:
         cores = len(os.sched_getaffinity(0))
     near = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(_MOST_THREADS, cores // near // 2))
+
+
+class _Span(NamedTuple):
+    """A batch: its first row and the row behind its last, by their places in the epoch."""
+
+    epoch: int
+    start: int
+    stop: int
+
+    @property
+    def n_rows(self) -> int:
+        return self.stop - self.start
+
+
+def _n_rows(spans: list[_Span]) -> int:
+    return sum(span.n_rows for span in spans)
+
+
+_Made = tuple[Batch, torch.cuda.Event | None]
+"""Batches, and what says that all of them are on the GPU; None where nothing need be waited for."""
 
 
 class Reader:
@@ -86,27 +111,24 @@ class Reader:
         not full; `part` (which, of how many) gives a part of each batch, and needs `drop_last`;
         `start` is how many batches to pass over, at no cost, and `state` what another
         reader's `state()` gave. `dtype=None` gives activations as they are stored. `prefetch` is
-        how many batches are held ready or being made, each by one of `threads` threads; at 0 there
-        are none. Not given, there are as many threads as `threads_here` says, and a batch for each
-        but no more than 256 MiB, 2 at least. What comes, and in which order, hangs on neither. With
-        `reuse`, on a CPU, batches lie in turn in `prefetch` + 2 places, and each holds until 2 more
-        were taken: to find new memory for a large batch takes the system longer than to read it.
+        how many batches are held ready or being made by `threads` threads; at 0 there are none. Not
+        given, there are as many threads as `threads_here` says, and work for each but no more than
+        512 MiB, 2 batches at least. A thread makes one batch at a time; for a GPU 64 MiB of them,
+        or half of `prefetch`. What comes, and in which order, hangs on none of it. With `reuse`, on
+        a CPU, batches lie in turn in `prefetch` + 2 places, and each holds until 2 more were taken:
+        to find new memory for a large batch takes the system longer than to read it.
 
         Raises CacheError for a column that the cache does not hold, and ConfigError for options
         that cannot work, and where the split holds no row, or with `drop_last` not one full batch.
         """
-        low = (prefetch or 0) < 0 or start < 0
-        if batch_size < 1 or low or (threads is not None and threads < 1) or not 0 <= rank < ranks:
+        low = batch_size < 1 or (prefetch or 0) < 0 or start < 0
+        if low or (threads is not None and threads < 1) or not 0 <= rank < ranks:
             raise ConfigError(
                 f"batch_size={batch_size} and threads={threads} must be at least 1, "
                 f"prefetch={prefetch} and start={start} at least 0, and rank={rank} must lie in "
                 f"0..{ranks - 1}"
             )
-        if not 0 <= part[0] < part[1] or (part[1] > 1 and (batch_size % part[1] or not drop_last)):
-            raise ConfigError(
-                f"part={part} needs batches whose size ({batch_size:,}) is a multiple of "
-                f"{part[1]}, all of them full (drop_last), and a number in 0..{part[1] - 1}"
-            )
+        _check_part(part, batch_size, drop_last)
         self._part = part
         shuffle = shuffle or ("blocks" if cache.shuffled else "rows")
         kind = _Rows if shuffle == "rows" else _Blocks
@@ -132,17 +154,20 @@ class Reader:
         }
         self._source = _Source(cache, tuple(columns), order, rank * self._rows, dtype, device)
         self._threads = threads_here() if threads is None else threads
+        batch_bytes = self._source.row_bytes * (batch_size // part[1])
+        together = max(1, _TOGETHER // batch_bytes) if self._source.on_gpu else 1
         if prefetch is None:
-            room = _AHEAD // (self._source.row_bytes * (batch_size // part[1]))
-            prefetch = max(2, min(self._threads, room))
+            prefetch = max(2, min(together * self._threads, _AHEAD // batch_bytes))
         if reuse:
             self._source.reuse(prefetch + 2, batch_size)
         self._prefetch = prefetch
+        self._together = max(1, min(together, prefetch // 2))
         self._pool: ThreadPoolExecutor | None = None
         self._ordering: ThreadPoolExecutor | None = None
         """One thread that says which rows a batch has, in their order, for those that gather."""
-        self._ahead: deque[tuple[tuple[int, int], Future[_Made]]] = deque()
-        """Behind which place the reader is with a batch, and the batch to come."""
+        self._ahead: deque[tuple[list[_Span], Future[_Made]]] = deque()
+        """Batches to come, those that are gathered together."""
+        self._ready: deque[tuple[_Span, Batch]] = deque()
         epoch, number = divmod(start, self._batches_per_epoch)
         self._go_to(epoch, number * batch_size)
         if state is not None:
@@ -153,22 +178,26 @@ class Reader:
 
     def __next__(self) -> Batch:
         if self._prefetch == 0:
-            epoch, first, last = next(self._spans)
-            ours = self._ours(first, last)
-            space = self._source.space(ours[1] - ours[0])
-            made = self._source.batch(self._source.rows(epoch, *ours), space)
-            self._at = epoch, last
-            return self._source.given(made)
+            span = next(self._spans)
+            ours = self._ours([span])
+            space = self._source.space(_n_rows(ours))
+            made = self._source.batch(self._source.rows(ours), space)
+            ((_, batch),) = self._given([span], made)
+            self._at = span.epoch, span.stop
+            return batch
         self._fill()
-        if not self._ahead:
-            raise StopIteration
-        # Taken from the queue once it is there: an interrupt while waiting loses nothing.
-        at, future = self._ahead[0]
-        made = future.result()
-        self._ahead.popleft()
-        self._at = at
+        if not self._ready:
+            if not self._ahead:
+                raise StopIteration
+            # Taken from the queue once it is there: an interrupt while waiting loses nothing.
+            spans, future = self._ahead[0]
+            made = future.result()
+            self._ahead.popleft()
+            self._ready.extend(self._given(spans, made))
+        span, batch = self._ready.popleft()
+        self._at = span.epoch, span.stop
         self._fill()
-        return self._source.given(made)
+        return batch
 
     def state(self) -> dict[str, Any]:
         """Where the reader is, as JSON holds it: behind the last batch that it handed out.
@@ -224,22 +253,36 @@ class Reader:
                 pool.shutdown(cancel_futures=True)
         self._pool = self._ordering = None
         self._ahead.clear()
+        self._ready.clear()
         self._at = epoch, row
-        self._spans: Iterator[tuple[int, int, int]] = _spans(
+        self._spans: Iterator[_Span] = _spans(
             epoch, row, self._rows, self._batch_size, self._epochs, self._drop_last
         )
 
-    def _ours(self, first: int, last: int) -> tuple[int, int]:
-        """The part of a batch that is read here."""
+    def _ours(self, spans: list[_Span]) -> list[_Span]:
+        """The parts of batches that are read here."""
         number, of = self._part
-        each = (last - first) // of
-        return (first + number * each, first + (number + 1) * each) if of > 1 else (first, last)
+        if of == 1:
+            return spans
+        each = self._batch_size // of
+        starts = [(span.epoch, span.start + number * each) for span in spans]
+        return [_Span(epoch, start, start + each) for epoch, start in starts]
+
+    def _given(self, spans: list[_Span], made: _Made) -> Iterator[tuple[_Span, Batch]]:
+        """The batches that were gathered together, one by one."""
+        columns = self._source.given(made)
+        first = 0
+        for span, ours in zip(spans, self._ours(spans), strict=True):
+            rows = slice(first, first := first + ours.n_rows)
+            yield span, {name: x[rows] for name, x in columns.items()}
 
     def _fill(self) -> None:
-        while len(self._ahead) < self._prefetch:
-            span = next(self._spans, None)
-            if span is None:
+        held = len(self._ready) + sum(len(spans) for spans, _ in self._ahead)
+        while held + self._together <= self._prefetch:
+            spans = list(islice(self._spans, self._together))
+            if not spans:
                 return
+            held += len(spans)
             if self._pool is None:
                 n = min(self._threads, self._prefetch)
                 self._pool = ThreadPoolExecutor(n, thread_name_prefix="saekit-reader")
@@ -247,22 +290,29 @@ class Reader:
                 self._ordering = ThreadPoolExecutor(1, thread_name_prefix="saekit-order")
             # The threads know the source, never the reader: so a reader that is dropped goes, and
             # its threads with it.
-            first, last = self._ours(*span[1:])
-            rows = self._ordering.submit(self._source.rows, span[0], first, last)
+            ours = self._ours(spans)
+            rows = self._ordering.submit(self._source.rows, ours)
             # Memory from here, not from the threads: what the caller lets go of is used again.
-            space = self._source.space(last - first)
-            made = self._pool.submit(self._source.batch, rows, space)
-            self._ahead.append(((span[0], span[2]), made))
+            space = self._source.space(_n_rows(ours))
+            self._ahead.append((spans, self._pool.submit(self._source.batch, rows, space)))
+
+
+def _check_part(part: tuple[int, int], batch_size: int, drop_last: bool) -> None:
+    number, of = part
+    if not 0 <= number < of or (of > 1 and (batch_size % of or not drop_last)):
+        raise ConfigError(
+            f"part={part} needs batches whose size ({batch_size:,}) is a multiple of {of}, all of "
+            f"them full (drop_last), and a number in 0..{of - 1}"
+        )
 
 
 def _spans(
     epoch: int, row: int, rows: int, size: int, epochs: int | None, drop_last: bool
-) -> Iterator[tuple[int, int, int]]:
-    """The batches from a row on: epoch, and first row and the row behind the last, by their places
-    in the epoch."""
+) -> Iterator[_Span]:
+    """The batches from a row on."""
     while epochs is None or epoch < epochs:
         while row < rows and not (drop_last and row + size > rows):
-            yield epoch, row, min(row + size, rows)
+            yield _Span(epoch, row, min(row + size, rows))
             row += size
         epoch, row = epoch + 1, 0
 
@@ -331,10 +381,6 @@ class _Blocks:
         return self._chunk[1]
 
 
-_Made = tuple[Batch, torch.cuda.Event | None]
-"""A batch, and what says that all of it is on the GPU; None where it need not be waited for."""
-
-
 class _Source:
     """What a batch is made of; the reader's threads run in it."""
 
@@ -363,6 +409,10 @@ class _Source:
             self._stream = torch.cuda.Stream(self._device)
 
     @property
+    def on_gpu(self) -> bool:
+        return self._stream is not None
+
+    @property
     def row_bytes(self) -> int:
         """Of a row of all columns, as stored."""
         return sum(self._cache.space(column, 1, dtype=None).nbytes for column in self._columns)
@@ -383,28 +433,37 @@ class _Source:
         dtype = None if pinned else self._dtype
         return {c: self._cache.space(c, n, dtype=dtype, pinned=pinned) for c in self._columns}
 
-    def rows(self, epoch: int, start: int, stop: int) -> Int[Tensor, " batch"]:
-        """Which rows of the cache a batch has. By one thread at a time."""
-        return self._order.rows(epoch, self._offset + start, self._offset + stop)
+    def rows(self, spans: list[_Span]) -> Int[Tensor, " batch"]:
+        """Which rows of the cache batches have. By one thread at a time."""
+        at = self._offset
+        return torch.cat([self._order.rows(s.epoch, at + s.start, at + s.stop) for s in spans])
 
     def batch(
         self, rows: Int[Tensor, " batch"] | Future[Int[Tensor, " batch"]], space: Batch
     ) -> _Made:
-        """The batch of some rows. By several threads at once."""
+        """What some rows hold, of all columns. By several threads at once."""
         if isinstance(rows, Future):
             rows = rows.result()
+        rising, place = in_rising_order(rows)
         for column, out in space.items():
-            self._cache.take(column, rows, out=out, scratch=self._scratch(column, len(rows)))
+            if place is None or self._stream is not None:
+                # A GPU puts them in their order over there.
+                self._cache.take_rising(column, rising, out)
+            else:
+                risen = self._scratch(column, len(rows))
+                self._cache.take_rising(column, rising, risen)
+                gather(risen, place, out)
         if self._stream is None:
             return space, None
         with torch.cuda.stream(self._stream):
-            batch = {column: self._over_there(x) for column, x in space.items()}
+            there = None if place is None else self._sent(torch.from_numpy(place).pin_memory())
+            batch = {column: self._over_there(x, there) for column, x in space.items()}
             event = torch.cuda.Event()
             event.record(self._stream)
         return batch, event
 
     def given(self, made: _Made) -> Batch:
-        """The batch, for what the caller does with it next."""
+        """What was gathered, for what the caller does with it next."""
         batch, event = made
         if event is not None:
             current = torch.cuda.current_stream(self._device)
@@ -414,10 +473,17 @@ class _Source:
                 x.record_stream(current)
         return batch
 
-    def _over_there(self, x: Shaped[Tensor, "batch ..."]) -> Shaped[Tensor, "batch ..."]:
+    def _over_there(
+        self, x: Shaped[Tensor, "batch ..."], place: Int[Tensor, " batch"] | None
+    ) -> Shaped[Tensor, "batch ..."]:
         wider = x.ndim > 1 and self._dtype is not None
-        x = x.to(self._device, non_blocking=True)
+        x = self._sent(x)
+        if place is not None:
+            x = x.index_select(0, place)
         return x.to(self._dtype) if wider else x
+
+    def _sent(self, pinned: Tensor) -> Tensor:
+        return pinned.to(self._device, non_blocking=True)
 
     def _scratch(self, column: str, n: int) -> Shaped[Tensor, "batch ..."]:
         held: Batch = self._own.__dict__

@@ -125,9 +125,9 @@ def gather(source: Tensor, index: Int[ndarray, " batch"], out: Tensor) -> None:
     By one thread that lets others run: numpy copies row by row, where torch's index goes element by
     element, and in threads of its own.
     """
-    rows = _as_bytes(source)
+    rows = as_bytes(source)
     if out.dtype == source.dtype:
-        np.take(rows, index, axis=0, out=_as_bytes(out), mode="clip")
+        np.take(rows, index, axis=0, out=as_bytes(out), mode="clip")
         return
     # In pieces that stay in a CPU's cache until they are where they belong.
     step = max(1, _PIECE * len(out) // max(out.nbytes, 1))
@@ -137,8 +137,8 @@ def gather(source: Tensor, index: Int[ndarray, " batch"], out: Tensor) -> None:
         place.copy_(some.view(source.dtype).view(place.shape))
 
 
-def _as_bytes(tensor: Tensor) -> Any:
-    """`[row, byte]`, the same memory. numpy has no bfloat16."""
+def as_bytes(tensor: Tensor) -> Any:
+    """An array `[row, byte]` of numpy, which has no bfloat16; the same memory."""
     assert tensor.is_contiguous()
     return tensor.view(len(tensor), -1).view(torch.uint8).numpy()
 
@@ -161,6 +161,7 @@ class ShardReader:
         self.shard = shard
         self._compared: set[str] = set()
         self._columns: dict[str, Tensor] = {}
+        self._bytes: dict[str, ndarray] = {}
         # A reader's threads come here at once: only one of them is to fetch, open and compare.
         self._lock = RLock()
 
@@ -185,6 +186,12 @@ class ShardReader:
             out.copy_(self._scaled(name, column[of], of))
         else:
             gather(column, index, out)
+
+    def bytes_into(self, name: str, index: Int[ndarray, " batch"], out: ndarray) -> None:
+        """The same as stored, into `[batch, byte]`."""
+        if name not in self._bytes:
+            self._bytes[name] = as_bytes(self.column(name))
+        np.take(self._bytes[name], index, axis=0, out=out, mode="clip")
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Rows start..stop of a column, `[stop - start, ...]`: float32 of an int8 column, else as

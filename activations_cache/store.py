@@ -6,6 +6,7 @@ Axes: row (of the whole cache, shard after shard), batch (rows), pos (tokens of 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +29,20 @@ _PIECE = 2 << 20
 """Bytes."""
 _NEAR = 4
 """Rows that lie so near to each other are read in one go, with what lies between them."""
+
+
+def in_rising_order(
+    index: Int[Tensor, " batch"],
+) -> tuple[Int[np.ndarray, " batch"], Int[np.ndarray, " batch"] | None]:
+    """Numbers of rows as they rise, and at which place among them each of `index` is: None where
+    they rise already."""
+    rows = index.numpy()
+    if (rows[1:] >= rows[:-1]).all():
+        return rows, None
+    order = np.argsort(rows)
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    return rows[order], place
 
 
 @dataclass(frozen=True)
@@ -213,42 +228,54 @@ class ActivationCache:
         index: Int[Tensor, " batch"],
         *,
         dtype: torch.dtype | None = torch.float32,
-        out: Shaped[Tensor, "batch ..."] | None = None,
-        scratch: Shaped[Tensor, "batch ..."] | None = None,
     ) -> Shaped[Tensor, "batch ..."]:
-        """The given rows of any column, in that order, in new memory or in `out`'s.
+        """The given rows of any column, in that order.
 
         Activations and gradients `[batch, d]` come in `dtype`, or as stored where it is None (int8
         always as float32: scaled); `token`, `document`, `position`, `mask` and `source` `[batch]`
-        in their own types. Rows that do not rise are read in rising order first, into `scratch`
-        where it is given: memory of `space(column, len(index), dtype=None)`. Raises IndexError for
-        a row that is not there.
+        in their own types. Raises IndexError for a row that is not there.
         """
-        if out is None:
-            out = self.space(column, len(index), dtype=dtype)
-        rows = index.numpy()
+        out = self.space(column, len(index), dtype=dtype)
+        rising, place = in_rising_order(index)
+        if place is None:
+            self.take_rising(column, rising, out)
+        else:
+            risen = self.space(column, len(index), dtype=None)
+            self.take_rising(column, rising, risen)
+            shards.gather(risen, place, out)
+        return out
+
+    def take_rising(
+        self,
+        column: str,
+        rows: Int[np.ndarray, " batch"],
+        out: Shaped[Tensor, "batch ..."],
+    ) -> None:
+        """The given rows of any column, whose numbers rise, into memory of `space`. Raises
+        IndexError for a row that is not there."""
         if not len(rows):
-            return out
-        order = None if (rows[1:] >= rows[:-1]).all() else np.argsort(rows)
-        if order is not None:
-            rows = rows[order]
+            return
         if rows[0] < 0 or rows[-1] >= self.n_rows:
             raise IndexError(f"rows {rows[0]} to {rows[-1]} of {self.url}: it has {self.n_rows:,}")
-        risen = out
-        if order is not None:
-            risen = self.space(column, len(rows), dtype=None) if scratch is None else scratch
-        ends = np.searchsorted(rows, self._starts).tolist()
-        # For all shards at once: a batch may have a few rows of each of very many.
+        ends = np.searchsorted(rows, self._starts)
+        # For all shards at once: a batch may have a few rows of each of very many, and threads that
+        # read at once take turns at Python after each step.
+        local = rows - np.repeat(self._starts[:-1], np.diff(ends))
         run = np.cumsum(np.diff(rows, prepend=rows[0]) > _NEAR)
-        for number, (first, last) in enumerate(zip(ends, ends[1:], strict=False)):
-            if first < last:
-                local = rows[first:last] - self._starts[number]
-                self._part(number, column, local, run[first:last], risen[first:last])
-        if order is not None:
-            where = np.empty_like(order)
-            where[order] = np.arange(len(order))
-            shards.gather(risen, where, out)
-        return out
+        straight = out.dtype == self.readers[0].dtype(column)
+        places = shards.as_bytes(out) if straight else None
+        for number, (first, last) in enumerate(pairwise(ends.tolist())):
+            if first == last:
+                continue
+            shard, part = self.readers[number], slice(first, last)
+            if last - first >= _NEAR * (run[last - 1] - run[first] + 1):
+                _runs(shard, column, local[part], run[part], out[part])
+            elif places is not None:
+                shard.bytes_into(column, local[part], places[part])
+            else:
+                shard.rows_into(column, local[part], out[part])
+            if column == "document":
+                out[part] += shard.shard.document_offset
 
     def space(
         self,
@@ -270,26 +297,6 @@ class ActivationCache:
             return torch.float32
         stored = self.readers[0].dtype(column)
         return torch.float32 if stored == torch.int8 else stored
-
-    def _part(
-        self,
-        number: int,
-        column: str,
-        local: Int[np.ndarray, " batch"],
-        run: Int[np.ndarray, " batch"],
-        out: Shaped[Tensor, "batch ..."],
-    ) -> None:
-        """Rows of a shard, given in rising order, into `out`, by the quicker of two ways. `run`
-        numbers the runs of rows that lie near to each other."""
-        shard = self.readers[number]
-        if len(local) < _NEAR * (run[-1] - run[0] + 1):
-            shard.rows_into(column, local, out)
-        else:
-            ends = (np.flatnonzero(np.diff(run)) + 1).tolist()
-            for first, last in zip([0, *ends], [*ends, len(local)], strict=True):
-                _run(shard, column, local[first:last], out[first:last])
-        if column == "document":
-            out += shard.shard.document_offset
 
     def batches(
         self,
@@ -351,6 +358,20 @@ class ActivationCache:
                 if column == "document":
                     out[a - start : b - start] += shard.shard.document_offset
         return out
+
+
+def _runs(
+    shard: ShardReader,
+    column: str,
+    local: Int[np.ndarray, " batch"],
+    run: Int[np.ndarray, " batch"],
+    out: Shaped[Tensor, "batch ..."],
+) -> None:
+    """Rows of a shard, given in rising order, into `out`. `run` numbers the runs of rows that lie
+    near to each other."""
+    ends = (np.flatnonzero(np.diff(run)) + 1).tolist()
+    for first, last in pairwise([0, *ends, len(local)]):
+        _run(shard, column, local[first:last], out[first:last])
 
 
 def _run(

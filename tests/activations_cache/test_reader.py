@@ -197,14 +197,14 @@ def test_no_more_batches_are_made_than_may_be_held_ready(
     cache: ActivationCache, prefetch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
-    take = ActivationCache.take
+    take = ActivationCache.take_rising
 
-    def counted(self: ActivationCache, column: str, index: Tensor, **options: Any) -> Tensor:
-        if column == "h" and len(index):
+    def counted(self: ActivationCache, column: str, rows: Any, out: Tensor) -> None:
+        if len(rows):
             made.append(threading.current_thread())
-        return take(self, column, index, **options)
+        take(self, column, rows, out)
 
-    monkeypatch.setattr(ActivationCache, "take", counted)
+    monkeypatch.setattr(ActivationCache, "take_rising", counted)
     some = Reader(cache, ["h"], 10, prefetch=prefetch)
     for number in range(1, 6):
         next(some)
@@ -275,6 +275,36 @@ def test_any_number_of_threads_gives_the_same_bytes_from_the_start_and_from_the_
         for ours, theirs in zip(whole, plain, strict=True):
             assert ours.keys() == theirs.keys()
             assert all(same_bytes(ours[column], theirs[column]) for column in theirs)
+
+
+@pytest.mark.parametrize("part", [(0, 1), (1, 2)])
+@pytest.mark.parametrize("how", ALL)
+def test_batches_that_are_gathered_together_are_those_that_are_gathered_alone(
+    cache: ActivationCache, how: Shuffle, part: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"epochs": 3, "shuffle": how, "drop_last": True, "part": part}
+    plain = list(Reader(cache, ["h", "token"], 20, prefetch=0, **options))
+    # As for a GPU, where alone it pays.
+    monkeypatch.setattr(reader._Source, "on_gpu", True)
+    some = Reader(cache, ["h", "token"], 20, prefetch=7, threads=2, **options)
+    assert some._together == 3
+    made = []
+    take = ActivationCache.take_rising
+
+    def counted(self: ActivationCache, column: str, rows: Any, out: Tensor) -> None:
+        made.append(len(rows))
+        take(self, column, rows, out)
+
+    monkeypatch.setattr(ActivationCache, "take_rising", counted)
+    for number in range(4):
+        assert all(torch.equal(x, plain[number][name]) for name, x in next(some).items())
+    assert max(made) == 3 * 20 // part[1]
+    resumed = Reader(cache, ["h", "token"], 20, state=some.state(), **options)
+    for rest in (some, resumed):
+        whole = [*plain[:4], *rest]
+        assert len(whole) == len(plain)
+        for ours, theirs in zip(whole, plain, strict=True):
+            assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:
@@ -380,7 +410,8 @@ def test_a_shuffled_cache_is_read_in_long_runs_unless_rows_are_asked_for(
     assert Reader(shuffled, ["h"], 30).state()["shuffle"] == "blocks"
     assert Reader(shuffled, ["h"], 30, shuffle="rows").state()["shuffle"] == "rows"
     assert Reader(cache, ["h"], 30).state()["shuffle"] == "rows"
-    monkeypatch.delattr(ShardReader, "rows_into")
+    for unwanted in ("rows_into", "bytes_into"):
+        monkeypatch.delattr(ShardReader, unwanted)
     batches = list(Reader(shuffled, ["h", "source"], 30, epochs=2))
     source = torch.cat([batch["source"] for batch in batches])
     assert torch.cat([batch["h"] for batch in batches])[:, 0].equal(source.float())
@@ -435,11 +466,13 @@ def test_a_column_that_is_not_there_is_refused_at_once(cache: ActivationCache) -
 def test_batches_on_a_gpu_equal_those_on_the_cpu(make_cache: Make, tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "c", dtype=torch.bfloat16)
     for dtype in (None, torch.float32):
-        options: dict[str, Any] = {"dtype": dtype, "epochs": 5}
-        there = Reader(cache, ["h", "token"], 30, device="cuda", **options)
-        for ours, theirs in zip(there, Reader(cache, ["h", "token"], 30, **options), strict=True):
-            assert all(x.device.type == "cuda" for x in ours.values())
-            assert all(ours[name].cpu().equal(theirs[name]) for name in theirs)
+        for prefetch in (0, 2, 9, None):
+            options: dict[str, Any] = {"dtype": dtype, "epochs": 5}
+            plain = Reader(cache, ["h", "token"], 30, **options)
+            there = Reader(cache, ["h", "token"], 30, device="cuda", prefetch=prefetch, **options)
+            for ours, theirs in zip(there, plain, strict=True):
+                assert all(x.device.type == "cuda" for x in ours.values())
+                assert all(ours[name].cpu().equal(theirs[name]) for name in theirs)
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
