@@ -87,7 +87,8 @@ class FusedStep(Step):
         precision = precision_on(device, cfg)
         # Resampling reads and writes the parameters between steps.
         split = precision == "bfloat16" and cfg.revive != "resample"
-        shape = trainer.W_dec.device, trainer.d_in, cfg.d_sae, k
+        moments = torch.bfloat16 if cfg.economy else torch.float32
+        shape = trainer.W_dec.device, trainer.d_in, cfg.d_sae, k, moments
         config = None
         alone = trainer.mesh.size == 1
         if cfg.n_steps >= WORTH_TUNING and shape[0].type == "cuda" and alone:
@@ -110,7 +111,7 @@ class FusedStep(Step):
             "auxk": self._auxk(),
             "deterministic": True,
             "split_master": split,
-            "moments": torch.bfloat16 if cfg.economy else torch.float32,
+            "moments": moments,
             "graph": True,
             "config": config,
         }

@@ -58,12 +58,14 @@ def decode_candidates(d: int, k: int) -> list[DecodeConfig]:
     return [DecodeConfig(width, n) for width in widths for n in (16, 32, 64) if n <= power(k)]
 
 
-def row_config(d: int) -> RowConfig:
+def row_config(d: int, narrow: bool = False) -> RowConfig:
     """What was quickest on an H200 for widths of 768, 2,048 and 4,096: 32 elements of a row to a
     thread. With more they no longer fit into registers, and with fewer the sums over d cross too
-    many warps."""
+    many warps. `narrow`: of a step whose moments take half of the memory."""
     n_warps = max(1, power(d) // 1_024)
     n_stages = 4 if d <= 2_048 else 3
+    if narrow and n_warps == 2:
+        return RowConfig(4, n_stages, 8, 128)
     return RowConfig(n_warps, n_stages, max(1, 32 // n_warps), 168 if n_warps == 1 else None)
 
 
@@ -72,7 +74,12 @@ def row_candidates(d: int) -> list[RowConfig]:
     n_warps = row_config(d).n_warps
     return [
         RowConfig(warps, n_stages, max(1, 32 // warps), max_registers)
-        for warps, max_registers in ((n_warps, None), (n_warps, 168), (2 * n_warps, None))
+        for warps, max_registers in (
+            (n_warps, None),
+            (n_warps, 168),
+            (2 * n_warps, None),
+            (2 * n_warps, 128),
+        )
         for n_stages in (2, 3, 4)
     ]
 

@@ -76,14 +76,17 @@ class StepConfig:
     """See `LatentIndex`."""
 
 
-def step_config(d_in: int, d_sae: int, k: int) -> StepConfig:
+def step_config(d_in: int, d_sae: int, k: int, moments: torch.dtype = torch.float32) -> StepConfig:
     """What was quickest on an H200 for the three shapes of benchmarks/bench_step.py."""
-    return StepConfig(select_config(d_sae, k), decode_config(d_in, k), row_config(d_in))
+    row = row_config(d_in, narrow=moments != torch.float32)
+    return StepConfig(select_config(d_sae, k), decode_config(d_in, k), row)
 
 
-def step_candidates(d_in: int, d_sae: int, k: int) -> list[StepConfig]:
+def step_candidates(
+    d_in: int, d_sae: int, k: int, moments: torch.dtype = torch.float32
+) -> list[StepConfig]:
     """What an autotuner may try: the kernels do not depend on each other's choice."""
-    base = step_config(d_in, d_sae, k)
+    base = step_config(d_in, d_sae, k, moments)
     return [
         *(replace(base, select=one) for one in select_candidates(d_sae, k)),
         *(replace(base, decode=one) for one in decode_candidates(d_in, k)),
@@ -175,7 +178,7 @@ class FusedTopKStep:
             raise ConfigError("rows_at_once cuts a batch that is selected from as a whole")
         self._moments, self._n_candidates = moments, candidates
         self._check(precision)
-        self.config = config or step_config(self.d_in, self.d_sae, k)
+        self.config = config or step_config(self.d_in, self.d_sae, k, moments)
         self.state = self._state(state)
         if (since is None) != (fired is None):
             raise ConfigError("since and fired count the same thing: give both, or neither")
@@ -206,6 +209,8 @@ class FusedTopKStep:
             if split_master
         }
         d_in, d_sae = self.d_in, self.d_sae
+        self._W_low: Tensor | None = None
+        self._W_scale: Tensor | None = None
         if candidates is not None:
             self._W_low = new(d_sae, d_in, dtype=torch.float8_e4m3fn)
             self._W_scale = new(d_sae)
@@ -379,6 +384,8 @@ class FusedTopKStep:
                     self._lower[name][rows] = bits - (high << 16)
             elif copy is not self.parameters[name]:
                 copy.copy_(self.parameters[name])
+        if self._W_low is not None and self._W_scale is not None:
+            triton_candidates.quantise(self.parameters["W_enc_T"], self._W_low, self._W_scale)
 
     @torch.no_grad()
     def write_back(self) -> None:
@@ -496,14 +503,15 @@ class FusedTopKStep:
 
     def _encode_by_candidates(self) -> None:
         W_low, W_scale = self._W_low, self._W_scale
-        triton_candidates.quantise(self._copies["W_enc_T"], W_low, W_scale)
+        assert W_low is not None and W_scale is not None
         for first in range(0, self.batch_size, self.rows_at_once):
             rows = slice(first, first + self.rows_at_once)
             low, n = self._x_low[rows], len(self._x_low[rows])
             pre, bias = self._pre[:n], self._copies["b_enc"]
             triton_candidates.product(low, self._x_scale[rows], W_low, W_scale, bias, pre)
             values, indices = (held[:n] for held in self._candidates)
-            topk_select(pre, values.shape[1], out=(values, indices))
+            choice = triton_candidates.choice_of(self.d_sae, values.shape[1])
+            topk_select(pre, values.shape[1], out=(values, indices), config=choice)
             scores = self._scores if n == self.rows_at_once else self._scores[:, :n].contiguous()
             triton_candidates.rescore(self._centred[rows], self._copies["W_enc_T"], indices, scores)
             triton_candidates.reselect(
@@ -609,6 +617,8 @@ class FusedTopKStep:
             None if aux is None else aux.slot,
             None if aux is None else aux.rows,
             None if aux is None else aux.bias,
+            self._W_low,
+            self._W_scale,
             self._level(),
             *self._level_moments(),
             self.jump,

@@ -12,6 +12,8 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
+from saekit.kernels.triton_candidates import put_low
+
 
 @triton.jit
 @no_type_check
@@ -249,6 +251,8 @@ def latent_kernel(
     aux_slot,
     aux_rows,
     aux_bias,
+    enc_float8,
+    enc_unit,
     level,
     level_mean,
     level_square,
@@ -388,6 +392,9 @@ def latent_kernel(
             )
             _put_moments(enc_mean, enc_square, at, mean, square, inside, 2 * seed + 1)
             _put_weights(enc, W_enc, enc_high, enc_low, at, inside, SPLIT, COPY)
+            if enc_float8 is not None:
+                row_at = tl.cast(latent, tl.int64)
+                put_low(enc, enc_float8, enc_unit, row_at, column, inside, D)
             bias, mean_1, square_1 = _adam(
                 tl.load(b_enc + latent),
                 tl.load(bias_mean + latent),

@@ -22,9 +22,12 @@ log = logging.getLogger(__name__)
 _WARM_UPS, _ROUNDS = 3, 9
 
 
-def tuned(device: torch.device, d_in: int, d_sae: int, k: int) -> StepConfig | None:
-    """What was found out for a shape; None where nothing was."""
-    found = memory.recall(device, _name(d_in, d_sae, k)) if device.type == "cuda" else None
+def tuned(
+    device: torch.device, d_in: int, d_sae: int, k: int, moments: torch.dtype = torch.float32
+) -> StepConfig | None:
+    """What was found out for a shape, and a type of Adam's moments; None where nothing was."""
+    name = _name(d_in, d_sae, k, moments)
+    found = memory.recall(device, name) if device.type == "cuda" else None
     if found is None:
         return None
     return StepConfig(
@@ -36,24 +39,36 @@ def tuned(device: torch.device, d_in: int, d_sae: int, k: int) -> StepConfig | N
 
 
 def tune(
-    device: torch.device, d_in: int, d_sae: int, k: int, batch_size: int, split_master: bool
+    device: torch.device,
+    d_in: int,
+    d_sae: int,
+    k: int,
+    moments: torch.dtype,
+    batch_size: int,
+    split_master: bool,
 ) -> StepConfig:
     """Try the candidates on random data, keep the best and return it. Takes half a minute or so,
     most of it for compiling, and as much memory as the step; where that is not free, the usual
     configuration is returned, and kept."""
     log.info("looking for the best way to take steps of this shape on this GPU, once")
-    best = step_config(d_in, d_sae, k)
+    best = step_config(d_in, d_sae, k, moments)
     try:
-        best = _best(device, d_in, d_sae, k, batch_size, split_master)
+        best = _best(device, d_in, d_sae, k, moments, batch_size, split_master)
     except torch.OutOfMemoryError:
         log.warning("there is no memory to try other ways to take steps in")
-    memory.remember(device, _name(d_in, d_sae, k), asdict(best))
+    memory.remember(device, _name(d_in, d_sae, k, moments), asdict(best))
     log.info("found: %s", best)
     return best
 
 
 def _best(
-    device: torch.device, d_in: int, d_sae: int, k: int, batch_size: int, split_master: bool
+    device: torch.device,
+    d_in: int,
+    d_sae: int,
+    k: int,
+    moments: torch.dtype,
+    batch_size: int,
+    split_master: bool,
 ) -> StepConfig:
     generator = torch.Generator(device).manual_seed(0)
 
@@ -64,10 +79,10 @@ def _best(
     W_dec /= W_dec.norm(dim=1, keepdim=True)
     start = (W_dec.clone(), W_dec, 0.02 * normal(d_sae), 0.1 * normal(d_in))
     x = normal(batch_size, d_in)
-    best = step_config(d_in, d_sae, k)
+    best = step_config(d_in, d_sae, k, moments)
     state: Any = None
     least: dict[str, float] = {}
-    for candidate in [best, *step_candidates(d_in, d_sae, k)]:
+    for candidate in [best, *step_candidates(d_in, d_sae, k, moments)]:
         try:
             step = FusedTopKStep(
                 *start,
@@ -75,6 +90,7 @@ def _best(
                 batch_size=batch_size,
                 deterministic=True,
                 split_master=split_master,
+                moments=moments,
                 state=state,
                 config=candidate,
             )
@@ -97,5 +113,6 @@ def _best(
     return best
 
 
-def _name(d_in: int, d_sae: int, k: int) -> str:
-    return f"step of {d_in} x {d_sae}, k {k}"
+def _name(d_in: int, d_sae: int, k: int, moments: torch.dtype) -> str:
+    narrow = "" if moments == torch.float32 else f", moments in {moments}"
+    return f"step of {d_in} x {d_sae}, k {k}{narrow}"

@@ -110,7 +110,7 @@ if __name__ == "<run_path>":
     triton_step = import_module("saekit.kernels.triton_step")
     # The interpreter runs programs one after another.
     few = triton_step.RowConfig(1, 2, 2)
-    vars(triton_step).update(_RESIDUAL_PARTS=3, _ENCODER_PARTS=2, row_config=lambda _: few)
+    vars(triton_step).update(_RESIDUAL_PARTS=3, _ENCODER_PARTS=2, row_config=lambda *_, **__: few)
     for shape in ((1, 2), (2, 1)):
         mesh = connect(shape, "cpu", 120)
         for case in CASES:

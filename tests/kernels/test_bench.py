@@ -45,7 +45,9 @@ def test_a_fused_step_is_checked_and_timed(
     if DEVICE == "cpu":
         monkeypatch.setattr(triton_step, "_RESIDUAL_PARTS", 3)
         monkeypatch.setattr(triton_step, "_ENCODER_PARTS", 2)
-        monkeypatch.setattr(triton_step, "row_config", lambda _: triton_step.RowConfig(1, 2, 2))
+        monkeypatch.setattr(
+            triton_step, "row_config", lambda *_, **__: triton_step.RowConfig(1, 2, 2)
+        )
     monkeypatch.setenv("SAEKIT_KERNELS", "triton")
     # So few latents and rows are no match for bfloat16.
     monkeypatch.setattr(kernels, "usual_precision", lambda _: "float32")

@@ -57,6 +57,28 @@ def test_quantised_rows_are_near_and_keep_their_largest() -> None:
     torch.testing.assert_close(back.abs().amax(1), rows.abs().amax(1))
 
 
+@pytest.mark.parametrize("split_master", [False, True])
+def test_after_a_step_the_encoder_in_float8_is_that_of_its_new_weights(split_master: bool) -> None:
+    W_dec = torch.randn(20, 24, device=DEVICE)
+    W_dec /= W_dec.norm(dim=1, keepdim=True)
+    given = W_dec.clone(), W_dec, torch.zeros(20, device=DEVICE), torch.zeros(24, device=DEVICE)
+    step = triton_step.FusedTopKStep(*given, k=3, batch_size=7, split_master=split_master)
+    # As where candidates are looked for, whose product needs a GPU.
+    step._W_low = torch.zeros(20, 24, dtype=torch.float8_e4m3fn, device=DEVICE)
+    step._W_scale = torch.zeros(20, device=DEVICE)
+    step.lr.fill_(0.1)
+    step(torch.randn(7, 24, device=DEVICE))
+    step.write_back()
+    assert not step.parameters["W_enc_T"].equal(W_dec)
+    low, scale = torch.zeros_like(step._W_low), torch.zeros_like(step._W_scale)
+    candidates.quantise(step.parameters["W_enc_T"], low, scale)
+    assert step._W_scale.equal(scale) and bool((scale > 0).all())
+    assert step._W_low.view(torch.uint8).equal(low.view(torch.uint8))
+    step._W_low.zero_()
+    step.take_over()
+    assert step._W_low.view(torch.uint8).equal(low.view(torch.uint8))
+
+
 def test_what_has_no_float8_product_is_refused() -> None:
     W = torch.randn(9, 6, device=DEVICE)
     given = W.clone(), W, torch.zeros(9, device=DEVICE), torch.zeros(6, device=DEVICE)
@@ -82,10 +104,13 @@ def test_almost_all_of_the_k_largest_are_among_the_candidates(rows_at_once: int 
         rows_at_once=rows_at_once,
         deterministic=True,
     )
+    step.lr.fill_(1e-3)
+    for _ in range(3):
+        step(torch.randn(batch, d_in, device="cuda"))
     x = torch.randn(batch, d_in, device="cuda")
     W_enc_T = step._copies["W_enc_T"].double()
-    pre = x.bfloat16().double() @ W_enc_T.T + step._copies["b_enc"].double()
-    step.lr.fill_(1e-3)
+    centred = (x - step.parameters["b_dec"]).bfloat16().double()
+    pre = centred @ W_enc_T.T + step._copies["b_enc"].double()
     step(x)
     values, indices = pre.topk(k)
     wanted = torch.zeros_like(pre).scatter_(1, indices, 1.0)

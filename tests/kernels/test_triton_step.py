@@ -27,7 +27,7 @@ def few_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(triton_step, "_RESIDUAL_PARTS", 3)
         monkeypatch.setattr(triton_step, "_ENCODER_PARTS", 2)
         few = triton_step.RowConfig(1, 2, 2)
-        monkeypatch.setattr(triton_step, "row_config", lambda _: few)
+        monkeypatch.setattr(triton_step, "row_config", lambda *_, **__: few)
 
 
 def weights(d_in: int, d_sae: int, often: int = 0) -> dict[str, Tensor]:

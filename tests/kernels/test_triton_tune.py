@@ -15,7 +15,7 @@ def test_what_was_found_for_a_shape_is_used_for_that_shape_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     best = triton_tune.step_config(768, 24_576, 32)
-    found = {triton_tune._name(768, 24_576, 32): asdict(best)}
+    found = {triton_tune._name(768, 24_576, 32, torch.float32): asdict(best)}
     monkeypatch.setattr(memory, "recall", lambda _, what: found.get(what))
     gpu = torch.device("cuda", 0)
     assert triton_tune.tuned(gpu, 768, 24_576, 32) == best
@@ -35,7 +35,7 @@ def test_without_memory_the_usual_configuration_is_kept(
     monkeypatch.setattr(memory, "remember", lambda _, what, found: kept.update({what: found}))
     usual = triton_tune.step_config(768, 24_576, 32)
     gpu = torch.device("cuda", 0)
-    assert triton_tune.tune(gpu, 768, 24_576, 32, 8_192, True) == usual
+    assert triton_tune.tune(gpu, 768, 24_576, 32, torch.float32, 8_192, True) == usual
     assert list(kept.values()) == [asdict(usual)]
     assert "no memory" in caplog.text
 
@@ -44,7 +44,7 @@ def test_without_memory_the_usual_configuration_is_kept(
 def test_the_quickest_candidates_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     gpu = torch.device("cuda", 0)
-    best = triton_tune.tune(gpu, 256, 8_192, 16, 1_024, True)
+    best = triton_tune.tune(gpu, 256, 8_192, 16, torch.float32, 1_024, True)
     assert triton_tune.tuned(gpu, 256, 8_192, 16) == best
     assert best in [
         type(best)(select.select, decode.decode, row.row, best.heavy)

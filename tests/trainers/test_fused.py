@@ -48,7 +48,9 @@ def few_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cpu":
         monkeypatch.setattr(triton_step, "_RESIDUAL_PARTS", 3)
         monkeypatch.setattr(triton_step, "_ENCODER_PARTS", 2)
-        monkeypatch.setattr(triton_step, "row_config", lambda _: triton_step.RowConfig(1, 2, 2))
+        monkeypatch.setattr(
+            triton_step, "row_config", lambda *_, **__: triton_step.RowConfig(1, 2, 2)
+        )
         monkeypatch.setattr(triton_step_forms, "_LEAST_PLACES", 16)
     # Else the few entries of these batches would be many.
     monkeypatch.setattr(_fused, "DENSE_ABOVE", 1.0)
