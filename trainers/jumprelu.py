@@ -30,6 +30,7 @@ takes it below, because a small threshold hardly moves in the logarithm; and "ta
 norm 1, where Anthropic weighs z_i by the norm of its row.
 """
 
+import logging
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -43,6 +44,13 @@ from saekit.trainers._autoencoder import LATENTS, forget
 from saekit.trainers._base import Batch, Step
 from saekit.trainers._fused import FusedJumpReLU, fused_step
 from saekit.trainers._sparsity import Penalised, PenalisedConfig
+
+log = logging.getLogger(__name__)
+
+_LEAST = 0.01
+"""Share of the rows on which some latent must fire at first."""
+_TRIED_ROWS, _AT_ONCE = 8_192, 1 << 26
+"""Rows that are looked at for it, and pre-activations of them that are held at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +69,8 @@ class JumpReLUConfig(PenalisedConfig):
     mean square of a coordinate of x about its mean."""
 
     threshold_init: float = 0.3
-    """What thresholds start as, in the same units. At 1 one in seven latents of a residual
-    stream died, AuxK notwithstanding (docs/kinds.md)."""
+    """What thresholds start as, in the same units; lower where next to nothing would fire. At 1 one
+    in seven latents of a residual stream died, AuxK notwithstanding (docs/kinds.md)."""
 
     threshold_lr: float = 10.0
     """How many times as fast as the other weights thresholds learn, in the same units."""
@@ -129,6 +137,26 @@ class JumpReLUTrainer(Penalised):
         self.level = nn.Parameter(
             torch.full((self.n_latents,), cfg.threshold_init / cfg.threshold_lr)
         )
+
+    @torch.no_grad()
+    def initialise(self, sample: Float[Tensor, "row d_in"]) -> None:
+        """Thresholds start at threshold_init, or as far below as it takes for some latent to fire
+        on one row in a hundred. With many latents for each dimension of x the encoder's columns
+        start short (`encoder_norm`), and so do pre-activations; and an encoder of which nothing
+        fires has no gradient, so that thousands of steps would change nothing."""
+        super().initialise(sample)
+        at_once = max(1, _AT_ONCE // self.n_latents)
+        parts = (sample[:_TRIED_ROWS] - self.b_dec).split(at_once)
+        largest = torch.cat([(x @ self.W_enc + self.b_enc).amax(1) for x in parts])
+        largest = self.mesh.reduce(largest, "latent", "max") / self.unit.clamp_min(1e-30)
+        start = float(largest.quantile(1 - _LEAST).clamp(0, self.cfg.threshold_init))
+        if start < self.cfg.threshold_init:
+            log.info(
+                "thresholds start at %.2g: at threshold_init=%g next to nothing would fire",
+                start,
+                self.cfg.threshold_init,
+            )
+            self.level.fill_(start / self.cfg.threshold_lr)
 
     @property
     def unit(self) -> Float[Tensor, ""]:

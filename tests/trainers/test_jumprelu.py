@@ -152,3 +152,20 @@ def test_dead_latents_alone_are_raised_and_their_thresholds_lowered() -> None:
 def test_bad_values_are_refused_with_the_rule(option: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         JumpReLUConfig(**option)  # type: ignore[arg-type]
+
+
+def test_thresholds_start_lower_where_nothing_would_fire() -> None:
+    """Of 64 latents for each dimension none reads as much as the usual threshold off a row, and
+    what does not fire has no gradient."""
+    x = torch.randn(300, 8)
+    wide, narrow = (JumpReLUTrainer(JumpReLUConfig(d_sae=n), 8) for n in (512, 12))
+    for model in (wide, narrow):
+        model.initialise(x)
+    torch.testing.assert_close(narrow.threshold.detach(), (0.3 * narrow.unit).expand(12))
+    threshold = wide.threshold.detach()
+    assert float(threshold[0]) < 0.25 * float(wide.unit)
+    pre = ((x - wide.b_dec) @ wide.W_enc + wide.b_enc).detach()
+    assert not (pre > 0.3 * wide.unit).any()
+    assert int((pre > threshold).any(1).sum()) == 3
+    wide.losses(Batch(x))["mse"].backward()
+    assert wide.W_enc.grad is not None and wide.W_enc.grad.any()
