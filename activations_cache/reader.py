@@ -31,9 +31,9 @@ CHUNK = 65_536
 _MOST_THREADS = 8
 _AHEAD = 512 << 20
 """Bytes of batches that are held ready, where more than two are."""
-_TOGETHER = 64 << 20
-"""Bytes of batches for a GPU that are gathered as one. Threads take turns at Python, and each time
-cost a GPU's short step more than what they copy in between."""
+_TOGETHER, _MOST_TOGETHER = 64 << 20, 16
+"""Bytes of batches for a GPU that are gathered as one, and batches at most. Threads take turns at
+Python, and each time cost a GPU's short step more than what they copy in between."""
 
 
 def threads_here() -> int:
@@ -113,10 +113,10 @@ class Reader:
         reader's `state()` gave. `dtype=None` gives activations as they are stored. `prefetch` is
         how many batches are held ready or being made by `threads` threads; at 0 there are none. Not
         given, there are as many threads as `threads_here` says, and work for each but no more than
-        512 MiB, 2 batches at least. A thread makes one batch at a time; for a GPU 64 MiB of them,
-        or half of `prefetch`. What comes, and in which order, hangs on none of it. With `reuse`, on
-        a CPU, batches lie in turn in `prefetch` + 2 places, and each holds until 2 more were taken:
-        to find new memory for a large batch takes the system longer than to read it.
+        512 MiB, 2 batches at least. A thread makes one batch at a time; for a GPU up to 64 MiB of
+        them, 16, or half of `prefetch`. What comes, and in which order, hangs on none of it. With
+        `reuse`, on a CPU, batches lie in turn in `prefetch` + 2 places, and each holds until 2 more
+        were taken: to find new memory for a large batch takes the system longer than to read it.
 
         Raises CacheError for a column that the cache does not hold, and ConfigError for options
         that cannot work, and where the split holds no row, or with `drop_last` not one full batch.
@@ -155,7 +155,9 @@ class Reader:
         self._source = _Source(cache, tuple(columns), order, rank * self._rows, dtype, device)
         self._threads = threads_here() if threads is None else threads
         batch_bytes = self._source.row_bytes * (batch_size // part[1])
-        together = max(1, _TOGETHER // batch_bytes) if self._source.on_gpu else 1
+        together = 1
+        if self._source.on_gpu:
+            together = max(1, min(_TOGETHER // batch_bytes, _MOST_TOGETHER))
         if prefetch is None:
             prefetch = max(2, min(together * self._threads, _AHEAD // batch_bytes))
         if reuse:
