@@ -1,12 +1,12 @@
 """The tables of saekit/kernels/README.md, and its figure, docs/step_grow.svg: standard library
-only, but for the figure."""
+only."""
 
 import statistics
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 from _lines import DOCS, Line, Results, cell, markdown, newest
+from _svg import COLOURS, MUTED, Panel, Series, chart
 
 _STEPS = ("topk step", "batch_topk step")
 _CASE = ("hardware", "d_in", "d_sae", "k", "batch")
@@ -139,7 +139,8 @@ def growth(results: Results) -> str:
         for line in lines
     ]
     columns = ("against", "latents", "k", "batch", "ms", "product alone, ms", "Adam alone, ms")
-    return _on(lines) + _picture() + markdown((*columns, "peak GiB"), rows)
+    picture = "![A fused step against latents, k and rows](../../docs/step_grow.svg)\n\n"
+    return _on(lines) + picture + markdown((*columns, "peak GiB"), rows)
 
 
 def _grown(results: Results) -> list[Line]:
@@ -153,42 +154,25 @@ def _grown(results: Results) -> list[Line]:
 PLOT = DOCS / "step_grow.svg"
 
 
-def _picture() -> str:
-    if not PLOT.exists():
-        return ""
-    return "![A fused step against latents, k and rows](../../docs/step_grow.svg)\n\n"
-
-
-def draw(results: Results) -> bool:
-    """Whether `growth` was drawn: not without lines, nor without plotly and what it writes with."""
+def draw(results: Results) -> None:
+    """Draws `growth`, the floors in the same plots."""
     lines = [line for line in _grown(results) if line["ms"] is not None]
-    if not lines or not all(find_spec(name) for name in ("plotly", "kaleido")):
-        return False
-    from plotly import graph_objects
-    from plotly.subplots import make_subplots
-
-    series = list(dict.fromkeys(line["variant"] for line in lines))
-    figure = make_subplots(1, len(series), shared_yaxes=True)
-    shown = {"ms": "fused step", "matmul_ms": "product alone", "adam_ms": "Adam alone"}
-    for number, name in enumerate(series, 1):
+    if not lines:
+        return
+    shown = {"ms": "fused step", "matmul_ms": "its product alone", "adam_ms": "Adam alone"}
+    titles = {"d_sae": "latents", "k": "k", "batch": "rows of a batch"}
+    panels = []
+    for name, title in titles.items():
         those = [line for line in lines if line["variant"] == name]
-        for key, label in shown.items():
-            trace = graph_objects.Scatter(
-                x=[line[name] for line in those],
-                y=[line.get(key) for line in those],
-                name=label,
-                legendgroup=label,
-                showlegend=number == 1,
-                line={
-                    "color": dict(zip(shown, ("#1f77b4", "#888888", "#d62728"), strict=True))[key]
-                },
-            )
-            figure.add_trace(trace, 1, number)
-        figure.update_xaxes(type="log", title=name, row=1, col=number)
-    figure.update_yaxes(type="log", title="ms", col=1)
-    figure.update_yaxes(type="log")
-    figure.write_image(PLOT, width=360 * len(series), height=360)
-    return True
+        sizes = [line[name] for line in those]
+        series = [
+            Series(label, sizes, [(line[key],) for line in those], colour)
+            for (key, label), colour in zip(shown.items(), COLOURS, strict=False)
+        ]
+        floor = [(line["matmul_ms"] + line["adam_ms"],) for line in those]
+        series.append(Series("both, one after the other", sizes, floor, MUTED, dashed=True))
+        panels.append(Panel(f"against {title}", series, x_title=title))
+    PLOT.write_text(chart(panels, "", "ms", y_log=True), encoding="utf-8")
 
 
 def most_latents(results: Results) -> str:
@@ -206,6 +190,31 @@ def most_latents(results: Results) -> str:
     ]
     columns = ("step", "width and rows", "latents", "peak GiB", "what stopped the next")
     return _on(lines) + markdown(columns, rows)
+
+
+def from_cache(results: Results) -> str:
+    """Steps of a run that reads a cache, beside the same steps on batches that are there."""
+    lines = newest(results.get("end_to_end", []), "gpu", "shape", "batch", "cache_gib", "order")
+    rows = [
+        (
+            _sizes(line),
+            line["order"],
+            f"{line['cache_gib']:g}",
+            _times(line),
+            f"{line['held_ms']['median']:.2f}",
+            f"{line['tokens_per_s']:,}",
+            f"{line['share']['median']:.2f}",
+        )
+        for line in lines
+    ]
+    columns: tuple[str, ...] = (
+        "shape",
+        "cache",
+        "GiB",
+        "ms (least to most)",
+        "without reading, ms",
+    )
+    return _on(lines) + markdown((*columns, "tokens/s", "share of that"), rows)
 
 
 LAST = 0.25
@@ -325,6 +334,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "pursuit": pursuit,
     "growth": growth,
     "largest": most_latents,
+    "from a cache": from_cache,
     "cpu": on_cpu,
     "equivalence": equivalence,
     "sanitized": sanitized,

@@ -34,16 +34,26 @@ class Panel:
     series: Sequence[Series]
     rules: dict[str, float] = field(default_factory=dict)
     """Horizontal lines to compare with, by name."""
+    x_title: str = ""
+    """Of an x axis of its own; else it is that of all."""
 
 
-def chart(panels: Sequence[Panel], x_title: str, y_title: str, y_max: float | None = None) -> str:
-    """Panels over one logarithmic x axis and one y axis from 0 (below, where values are)."""
-    xs = sorted({x for panel in panels for one in panel.series for x in one.x})
+def chart(
+    panels: Sequence[Panel],
+    x_title: str,
+    y_title: str,
+    y_max: float | None = None,
+    *,
+    y_log: bool = False,
+) -> str:
+    """Panels over one logarithmic x axis, or each over its own, and one y axis from 0 (below, where
+    values are), or a logarithmic one."""
+    every_x = {x for panel in panels for one in panel.series for x in one.x}
     ends = [e for panel in panels for one in panel.series for y in one.y for e in y]
-    low = min(0.0, *ends)
     rules = [v for panel in panels for v in panel.rules.values()]
     high = y_max if y_max is not None else 1.06 * max([*ends, *rules])
-    step = _step(high - low)
+    low = min(ends) / 1.3 if y_log else min(0.0, *ends)
+    grid = _powers(low, high) if y_log else _multiples(low, high)
     names = {one.name: one for panel in panels for one in panel.series}
     total = LEFT + len(panels) * (WIDTH + GAP)
     height = TOP + HEIGHT + BOTTOM + _ROW * math.ceil(len(names) / 3)
@@ -56,8 +66,10 @@ def chart(panels: Sequence[Panel], x_title: str, y_title: str, y_max: float | No
     ]
     for number, panel in enumerate(panels):
         left = LEFT + number * (WIDTH + GAP)
-        axes = _Axes(left, xs[0], xs[-1], low, high)
-        parts += _frame(axes, panel, xs, step, x_title, labels=number == 0)
+        own = {x for one in panel.series for x in one.x} if panel.x_title else every_x
+        axes = _Axes(left, min(own), max(own), low, high, y_log)
+        title = panel.x_title or x_title
+        parts += _frame(axes, panel, sorted(own), grid, title, labels=number == 0)
         for one in panel.series:
             parts += _drawn(axes, one)
     for number, one in enumerate(names.values()):
@@ -78,6 +90,7 @@ class _Axes:
     x_max: float
     low: float
     high: float
+    y_log: bool
 
     def x(self, value: float) -> float:
         if self.x_max == self.x_min:
@@ -87,11 +100,21 @@ class _Axes:
         return self.left + 16 + share * (WIDTH - 32)
 
     def y(self, value: float) -> float:
-        return TOP + HEIGHT * (1 - (value - self.low) / (self.high - self.low))
+        if self.y_log:
+            share = math.log(value / self.low) / math.log(self.high / self.low)
+        else:
+            share = (value - self.low) / (self.high - self.low)
+        return TOP + HEIGHT * (1 - share)
 
 
 def _frame(
-    axes: _Axes, panel: Panel, xs: Sequence[float], step: float, x_title: str, *, labels: bool
+    axes: _Axes,
+    panel: Panel,
+    xs: Sequence[float],
+    grid: Sequence[float],
+    x_title: str,
+    *,
+    labels: bool,
 ) -> list[str]:
     right, middle, floor = axes.left + WIDTH, axes.left + WIDTH / 2, TOP + HEIGHT
     parts = [
@@ -100,18 +123,18 @@ def _frame(
         f'<text x="{middle:g}" y="{floor + 34}" text-anchor="middle" fill="{INK}">'
         f"{escape(x_title)}</text>",
     ]
-    for i in range(math.ceil(axes.low / step), math.floor(axes.high / step) + 1):
-        y = axes.y(i * step)
+    for value in grid:
+        y = axes.y(value)
         parts.append(f'<path d="M{axes.left:g} {y:.1f}H{right:g}" stroke="{PALE}"/>')
         if labels:
             parts.append(
                 f'<text x="{axes.left - 7:g}" y="{y + 4:.1f}" text-anchor="end" fill="{MUTED}">'
-                f"{i * step:.10g}</text>"
+                f"{value:.10g}</text>"
             )
     for x in xs:
         parts.append(
             f'<text x="{axes.x(x):.1f}" y="{floor + 16}" text-anchor="middle" fill="{MUTED}">'
-            f"{x:,.0f}</text>"
+            f"{_short(x) if panel.x_title else f'{x:,.0f}'}</text>"
         )
     for name, value in panel.rules.items():
         y = axes.y(value)
@@ -141,7 +164,24 @@ def _drawn(axes: _Axes, one: Series) -> list[str]:
     return parts
 
 
-def _step(span: float) -> float:
-    """Between lines of the grid: 1, 2 or 5 of a power of ten, for four to nine lines."""
+def _short(x: float) -> str:
+    """A number of an axis: many of six digits would run into each other."""
+    for unit, name in ((1 << 20, "Mi"), (1 << 10, "Ki")):
+        if x >= 10 * unit or (x >= unit and x % unit == 0):
+            return f"{x / unit:g} {name}" if x % unit == 0 else f"{x:,.0f}"
+    return f"{x:,.0f}"
+
+
+def _multiples(low: float, high: float) -> list[float]:
+    """Lines of a grid: multiples of 1, 2 or 5 of a power of ten, four to nine of them."""
+    span = high - low
     power: float = 10.0 ** math.floor(math.log10(span / 4))
-    return next(power * step for step in (1, 2, 5, 10) if span / (power * step) <= 9)
+    step = next(power * step for step in (1, 2, 5, 10) if span / (power * step) <= 9)
+    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _powers(low: float, high: float) -> list[float]:
+    """Those of a logarithmic axis: 1, 2 and 5 of each power of ten."""
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    every = [digit * 10.0**exponent for exponent in exponents for digit in (1, 2, 5)]
+    return [value for value in every if low <= value <= high]
