@@ -298,14 +298,15 @@ def sanitized(results: Results) -> str:
     rows = [
         (
             line["op"],
+            line.get("file", "several").removeprefix("tests/"),
             line["summary"],
             line["tests"],
             f"{sum(line['launches'].values()):,} of {len(line['launches'])} kernels",
             line["commit"],
         )
-        for line in results.get("sanitize", [])
+        for line in newest(results.get("sanitize", []), "op", "file", "tests")
     ]
-    return markdown(("tool", "it says", "tests", "launches", "of commit"), rows)
+    return markdown(("tool", "file", "it says", "tests", "launches", "of commit"), rows)
 
 
 def on_cpu(results: Results) -> str:
