@@ -30,7 +30,7 @@ import torch
 from _record import MIB, RESULTS, append, show, summary
 from bench_kind_steps import planted
 
-from saekit.kernels import bench_peers, reference
+from saekit.kernels import bench_peers
 from saekit.trainers._base import Batch
 from saekit.trainers._run import _optimiser
 from saekit.trainers._step import EagerStep
@@ -62,16 +62,13 @@ def own(args: argparse.Namespace, precision: Any, rows: Callable[[], torch.Tenso
         trainer.W_enc[:, :n_dead] *= 0.01
         trainer.b_enc[:n_dead] = -1
     trainer.dead.since[:n_dead] = 10 * cfg.dead_after
-    step = EagerStep(cfg, trainer, optimiser, "cpu")
+    step = trainer.fused_step(optimiser, "cpu") or EagerStep(cfg, trainer, optimiser, "cpu")
     return lambda: step(Batch(rows()), cfg.lr)
 
 
 def plain(args: argparse.Namespace, rows: Callable[[], torch.Tensor]) -> Step:
     """Our trainer on the definitions: dense products, dense codes, autograd."""
-    from saekit import kernels
-
-    for name in ("encode", "topk_encode", "sparse_decode"):
-        setattr(kernels, name, getattr(reference, name))
+    os.environ["SAEKIT_KERNELS"] = "reference"
     return own(args, "float32", rows)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from saekit import kernels
 from saekit.config import TrainConfig
 from saekit.errors import ConfigError
+from saekit.kernels.auxk import AuxKConfig
 from saekit.trainers._base import (
     Batch,
     Centre,
@@ -154,6 +155,14 @@ class Autoencoder(Trainer):
         if cfg.revive == "ghost":
             return {"ghost": self._ghost(centred.detach(), error.detach())}
         return {}
+
+    def auxk(self) -> AuxKConfig | None:
+        """What AuxK needs to know; None where the config has none."""
+        cfg = self.cfg
+        if cfg.revive != "auxk" or cfg.auxk_coef == 0:
+            return None
+        k_aux = cfg.k_aux or self.d_in // 2 or 1
+        return AuxKConfig(cfg.dead_after, k_aux, cfg.auxk_coef, self.variance)
 
     def _dead(self) -> Int[Tensor, " latent"]:
         return self.dead.mask.nonzero().flatten()

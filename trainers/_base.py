@@ -238,8 +238,11 @@ more would be."""
 def project_out_rows(grad: Float[Tensor, "d_sae d_in"], W: Float[Tensor, "d_sae d_in"]) -> None:
     """Take from each row of `grad` its part along the unit row of `W`, which would only change its
     norm."""
-    along = (grad * W).sum(1, keepdim=True)
-    grad.addcmul_(along, W, value=-1)
+    # On a CPU so few at a time that what is made of them stays in the cache.
+    at_once = 1_024 if W.device.type == "cpu" else len(W)
+    for some, rows in zip(grad.split(at_once), W.split(at_once), strict=True):
+        along = (some * rows).sum(1, keepdim=True)
+        some.addcmul_(along, rows, value=-1)
 
 
 @torch.no_grad()

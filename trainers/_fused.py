@@ -117,11 +117,7 @@ class FusedStep(Step):
         }
 
     def _auxk(self) -> AuxKConfig | None:
-        trainer, cfg = self._trainer, self._trainer.cfg
-        if cfg.revive != "auxk" or cfg.auxk_coef == 0:
-            return None
-        k_aux = cfg.k_aux or trainer.d_in // 2 or 1
-        return AuxKConfig(cfg.dead_after, k_aux, cfg.auxk_coef, trainer.variance)
+        return self._trainer.auxk()
 
     def __call__(self, batch: Batch, lr: float) -> dict[str, Tensor]:
         self._begin(lr)

@@ -33,11 +33,7 @@ class EagerStep(Step):
     def __call__(self, batch: Batch, lr: float) -> dict[str, Tensor]:
         cfg, trainer, optimiser = self._cfg, self._trainer, self._optimiser
         with multiplying_in(self._precision, self._device):
-            losses = trainer.losses(batch)
-            if optimiser is not None:
-                optimiser.zero_grad(set_to_none=True)
-                total = torch.stack(list(losses.values())).sum()
-                (total if self._shared is None else total / trainer.mesh.size).backward()
+            losses = self._differentiate(batch)
         if self._shared is not None:
             losses = self._shared.reduce(losses)
         if optimiser is not None:
@@ -52,9 +48,44 @@ class EagerStep(Step):
                     norm = self._shared.norm()
                     nn.utils.clip_grads_with_norm_(parameters, cfg.clip_norm, norm)
                 self.clipped += norm > cfg.clip_norm
-            optimiser.step()
+            self._update(optimiser)
             trainer.after_step()
         return {name: loss.detach() for name, loss in losses.items()}
+
+    @staticmethod
+    def _update(optimiser: torch.optim.Optimizer) -> None:
+        """The optimiser's step. On a CPU torch copies each gradient that does not lie row after
+        row, to no use: what lies transposed is turned round for it."""
+        turned = [
+            p
+            for group in optimiser.param_groups
+            for p in group["params"]
+            if p.device.type == "cpu" and p.ndim == 2 and not p.is_contiguous()
+        ]
+        _turn(turned, optimiser)
+        try:
+            optimiser.step()
+        finally:
+            _turn(turned, optimiser)
+
+    def _differentiate(self, batch: Batch) -> dict[str, Tensor]:
+        """The losses, and the parameters' gradients."""
+        losses = self._trainer.losses(batch)
+        if self._optimiser is not None:
+            self._optimiser.zero_grad(set_to_none=True)
+            total = torch.stack(list(losses.values())).sum()
+            (total if self._shared is None else total / self._trainer.mesh.size).backward()
+        return losses
+
+
+def _turn(parameters: list[nn.Parameter], optimiser: torch.optim.Optimizer) -> None:
+    """Transpose parameters, and with each its gradient and its moments; nothing moves in memory."""
+    for p in parameters:
+        grad, p.grad = p.grad, None
+        p.data = p.data.T
+        p.grad = None if grad is None else grad.T
+        state = optimiser.state.get(p, {})
+        state.update({key: t.T for key, t in state.items() if t.ndim == 2})
 
 
 class _SharedGradients:

@@ -18,6 +18,7 @@ from saekit.errors import ConfigError
 from saekit.sae import SAE, TopK
 from saekit.trainers._autoencoder import LATENTS, Autoencoder, AutoencoderConfig
 from saekit.trainers._base import Batch, Step
+from saekit.trainers._closed import closed_step
 from saekit.trainers._fused import FusedStep, fused_step
 
 
@@ -55,7 +56,8 @@ class TopKTrainer(Autoencoder):
         # A kind made from this one has losses of its own.
         if type(self) is not TopKTrainer:
             return None
-        return fused_step(FusedStep, self, optimiser, self.cfg.k, device)
+        closed = closed_step(self, optimiser, self.cfg.k, device)
+        return closed or fused_step(FusedStep, self, optimiser, self.cfg.k, device)
 
     def export(self) -> SAE:
         b_enc = self.b_enc - self.b_dec @ self.W_enc

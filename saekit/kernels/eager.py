@@ -6,6 +6,8 @@ its transpose sums rows of x (or of the gradient) for each latent, and is the sa
 the codes sorted by latent.
 """
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -58,19 +60,72 @@ def decode_gradients(
     """Of `weighted_rows`, with respect to the values and to the table."""
     d_values = d_table = None
     if want_values:
-        # torch's own gradient with respect to the weights, without its slow one for the table.
-        with torch.enable_grad():
-            weights = values.detach().requires_grad_()
-            out = weighted_rows(weights, indices, offsets, table.detach())
-        (d_values,) = torch.autograd.grad(out, weights, grad)
+        d_values = products(indices, offsets, grad, table)
     if want_table:
         d_table = transposed(values, indices, offsets, grad, len(table))
     return d_values, d_table
 
 
+BITS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+}
+"""Integers of the size of each float: positive floats have the order of their bits, and integers
+are compared in less time."""
+
+
 def topk(pre: Float[Tensor, "batch d_sae"], k: int) -> Int[Tensor, "batch {k}"]:
-    """Where the k largest entries of each row are."""
-    return pre.topk(k, dim=-1, sorted=False).indices
+    """Where the k largest entries of each row are, of those above 0; any others where there are
+    fewer. NaN counts as the largest."""
+    if pre.device.type != "cpu":
+        return pre.topk(k, dim=-1, sorted=False).indices
+    batch, n = pre.shape
+    if n < 8 * k or n % 4:
+        return _largest(pre.relu(), k)
+    # They all lie where the k largest of the maxima of four entries each lie.
+    fours = pre.view(batch, 4, n // 4)
+    column = topk(fours.amax(1), k)
+    among = fours.gather(2, column[:, None].expand(batch, 4, k)).view(batch, 4 * k)
+    place = _largest(among.relu_(), k)
+    return column.gather(1, place % k).add_(place // k, alpha=n // 4)
+
+
+def _largest(entries: Float[Tensor, "batch n"], k: int) -> Int[Tensor, "batch {k}"]:
+    """Of entries that are not below 0, and may be changed."""
+    # NaN may have a sign, which would hide it.
+    return entries.abs_().view(BITS[entries.dtype]).topk(k, dim=1, sorted=False).indices
+
+
+def products(
+    indices: Int[Tensor, "..."],
+    offsets: Int[Tensor, " offsets"] | None,
+    rows: Float[Tensor, "batch d"],
+    table: Float[Tensor, "d_sae d"],
+) -> Float[Tensor, "..."]:
+    """`out[b, j] = rows[b] . table[indices[b, j]]`, which is the gradient of `weighted_rows` with
+    respect to the values."""
+    if rows.device.type != "cpu" or rows.dtype not in (torch.float32, torch.float64):
+        # Without torch's slow gradient for the table.
+        with torch.enable_grad():
+            weights = rows.new_zeros(indices.shape, requires_grad=True)
+            out = weighted_rows(weights, indices, offsets, table.detach())
+        (wanted,) = torch.autograd.grad(out, weights, rows)
+        return wanted
+    if offsets is None:
+        offsets = torch.arange(len(rows) + 1, dtype=indices.dtype).mul_(indices.shape[1])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
+        pattern = torch.sparse_csr_tensor(
+            offsets,
+            indices.flatten(),
+            rows.new_zeros(indices.numel()),
+            (len(rows), len(table)),
+            check_invariants=False,
+        )
+    found: Tensor = torch.sparse.sampled_addmm(pattern, rows.contiguous(), table.T, beta=0).values()
+    return found.view(indices.shape)
 
 
 def batch_topk(

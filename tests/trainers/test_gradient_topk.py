@@ -53,8 +53,12 @@ def test_the_choice_is_that_of_the_scores() -> None:
         assert same.mean() < 1
 
 
-def test_beta_zero_is_topk_bit_for_bit(planted: ActivationCache) -> None:
-    """With dead latents, so that the auxiliary loss counts."""
+def test_beta_zero_is_topk_bit_for_bit(
+    planted: ActivationCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With dead latents, so that the auxiliary loss counts. By the definitions, where both kinds
+    add up in the same order."""
+    monkeypatch.setenv("SAEKIT_KERNELS", "reference")
     sizes = {"d_sae": 96, "k": 3, "batch_size": 200, "n_tokens": 8_000, "dead_after": 200}
     theirs = train(TopKConfig(**sizes), planted)  # type: ignore[arg-type]
     ours = train(GradientTopKConfig(**sizes, beta=0.0), planted)  # type: ignore[arg-type]
