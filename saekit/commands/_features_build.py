@@ -70,7 +70,7 @@ def run(argv: list[str]) -> None:
     else:
         from saekit.commands.eval import cache_of
 
-        cache = cache_of(args.sae)
+        cache = cache_of(args.sae, else_give="the cache behind the SAE's folder, or --dataset")
     out = args.out or args.sae / RESULTS
     if evaluated("examples", sae, cache, args.hook, args.config, out):
         print(f"{out / NAME}\nNext: saekit dashboard {args.sae}")

@@ -52,13 +52,14 @@ def run(argv: list[str]) -> None:
         print(f"{out / name}.json\nNext: saekit report {args.sae}, or saekit dashboard {args.sae}")
 
 
-def cache_of(sae: Path) -> "ActivationCache":
-    """The cache that a run was trained on, in the order of its text."""
+def cache_of(sae: Path, else_give: str = "--cache CACHE") -> "ActivationCache":
+    """The cache that a run was trained on, in the order of its text. Raises ConfigError, with what
+    else to give, where it is no run."""
     from saekit.activations_cache.store import ActivationCache
     from saekit.activations_cache.unshuffled import unshuffled
     from saekit.config import read_toml
 
     path = sae / "config.toml"
     if not path.exists():
-        raise ConfigError(f"{sae} does not say which cache it was trained on: give --cache CACHE")
+        raise ConfigError(f"{sae} does not say which cache it was trained on: give {else_give}")
     return unshuffled(ActivationCache.open(read_toml(path)["cache"]))
