@@ -1,15 +1,18 @@
 """SAEs whose behaviour is known beforehand, and what holds results to plain loops."""
 
+import dataclasses
 import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from saekit.results import EvalResult
+from saekit import ActivationCache
+from saekit.results import EvalResult, Provenance
 from saekit.sae import SAE, ReLU, TopK
 
 WIDTH = 16
@@ -67,6 +70,26 @@ def agree(
         assert not off, f"found, and in a plain loop: {off}"
 
     return check
+
+
+@pytest.fixture(scope="session")
+def trained_on() -> Callable[..., SAE]:
+    """The SAE as if trained on a cache, at resid_post.0 unless a change says otherwise."""
+
+    def of(sae: SAE, cache: ActivationCache, **changes: Any) -> SAE:
+        origin = Provenance(
+            kind="topk",
+            hook="resid_post.0",
+            model=cache.model,
+            model_fingerprint=cache.model_fingerprint,
+            cache_fingerprint=cache.fingerprint,
+            config={"seed": 0, "d_sae": sae.d_sae},
+            rows_seen=1,
+            versions={},
+        )
+        return dataclasses.replace(sae, provenance=dataclasses.replace(origin, **changes))
+
+    return of
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -11,24 +11,11 @@ from saekit.evals import _kinds
 from saekit.evals._base import EvalConfig, matching_hook
 from saekit.evals.core import CoreConfig
 from saekit.evals.examples import ExamplesConfig
-from saekit.results import EvalResult, Provenance
+from saekit.results import EvalResult
 from saekit.sae import SAE, TopK
 
 HOOK = "resid_post.0"
-
-
-def trained_on(sae: SAE, cache: ActivationCache, **changes: Any) -> SAE:
-    origin = Provenance(
-        kind="topk",
-        hook=HOOK,
-        model=cache.model,
-        model_fingerprint=cache.model_fingerprint,
-        cache_fingerprint=cache.fingerprint,
-        config={},
-        rows_seen=1,
-        versions={},
-    )
-    return dataclasses.replace(sae, provenance=dataclasses.replace(origin, **changes))
+TrainedOn = Callable[..., SAE]
 
 
 def test_the_evaluations_are_the_public_modules_of_the_folder() -> None:
@@ -43,7 +30,9 @@ def test_an_unknown_evaluation_is_refused_with_the_nearest_name(
         evaluate("cores", exact, tiny_cache, hook=HOOK)
 
 
-def test_the_hook_comes_from_the_sae(exact: SAE, tiny_cache: ActivationCache) -> None:
+def test_the_hook_comes_from_the_sae(
+    exact: SAE, tiny_cache: ActivationCache, trained_on: TrainedOn
+) -> None:
     assert matching_hook(trained_on(exact, tiny_cache), tiny_cache, None) == HOOK
 
 
@@ -52,13 +41,17 @@ def test_an_sae_of_unknown_origin_needs_its_hook(exact: SAE, tiny_cache: Activat
         evaluate("core", exact, tiny_cache)
 
 
-def test_an_sae_of_another_model_is_refused(exact: SAE, tiny_cache: ActivationCache) -> None:
+def test_an_sae_of_another_model_is_refused(
+    exact: SAE, tiny_cache: ActivationCache, trained_on: TrainedOn
+) -> None:
     stranger = trained_on(exact, tiny_cache, model="gpt9", model_fingerprint="f" * 64)
     with pytest.raises(CacheError, match="trained on model 'gpt9' .fingerprint ffffffffffff"):
         evaluate("core", stranger, tiny_cache)
 
 
-def test_an_sae_of_another_hook_is_refused(exact: SAE, tiny_cache: ActivationCache) -> None:
+def test_an_sae_of_another_hook_is_refused(
+    exact: SAE, tiny_cache: ActivationCache, trained_on: TrainedOn
+) -> None:
     with pytest.raises(CacheError, match="trained on hook 'resid_post.0', but hook 'mlp_out.1'"):
         evaluate("core", trained_on(exact, tiny_cache), tiny_cache, hook="mlp_out.1")
 

@@ -19,13 +19,14 @@ from saekit.errors import CacheError, CheckpointError, ConfigError, SaekitError
 from saekit.evals._dark_parts import Rows
 from saekit.evals._resample import widening
 from saekit.evals.dark_matter import DarkMatterConfig
-from saekit.results import EvalResult, Provenance
+from saekit.results import EvalResult
 from saekit.sae import SAE, JumpReLU, ReLU, SparseCode
 from saekit.seeds import stream
 from saekit.trainers.topk import TopKConfig
 
 HOOK = "resid_post.0"
 Agree = Callable[..., None]
+TrainedOn = Callable[..., SAE]
 Pursued = Callable[[SAE, Tensor, int], Tensor]
 
 
@@ -416,29 +417,22 @@ def test_an_sae_that_costs_nothing_gives_no_share_of_the_loss(
     assert "ce_recovered_from_sae_linear is left out" in result.metrics["fit_rows"].definition
 
 
-def saved(sae: SAE, cache: ActivationCache, folder: Path, **changes: Any) -> str:
-    origin = Provenance(
-        kind="topk",
-        hook=HOOK,
-        model=cache.model,
-        model_fingerprint=cache.model_fingerprint,
-        cache_fingerprint=cache.fingerprint,
-        config={},
-        rows_seen=1,
-        versions={},
-    )
-    origin = dataclasses.replace(origin, **changes)
-    checkpoint.save(dataclasses.replace(sae, provenance=origin), folder)
+def saved(sae: SAE, folder: Path) -> str:
+    checkpoint.save(sae, folder)
     return str(folder)
 
 
 def test_other_saes_as_predictors_agree_with_plain_least_squares(
-    random_sae: SAE, tiny_cache: ActivationCache, tmp_path: Path, agree: Agree
+    random_sae: SAE,
+    tiny_cache: ActivationCache,
+    trained_on: TrainedOn,
+    tmp_path: Path,
+    agree: Agree,
 ) -> None:
     hook = "mlp_out.1"
     W_dec = torch.randn(40, 16) / 5
     other = dataclasses.replace(random_sae, W_dec=W_dec, b_dec=torch.randn(16))
-    path = saved(other, tiny_cache, tmp_path / "elsewhere", hook=hook)
+    path = saved(trained_on(other, tiny_cache, hook=hook), tmp_path / "elsewhere")
     expected = {}
     for intercept, suffix in ((True, ""), (False, "_no_intercept")):
         plain = Plain(random_sae, tiny_cache, intercept)
@@ -454,10 +448,14 @@ def test_other_saes_as_predictors_agree_with_plain_least_squares(
 
 
 def test_lengths_of_errors_agree_with_plain_least_squares(
-    random_sae: SAE, tiny_cache: ActivationCache, tmp_path: Path, agree: Agree
+    random_sae: SAE,
+    tiny_cache: ActivationCache,
+    trained_on: TrainedOn,
+    tmp_path: Path,
+    agree: Agree,
 ) -> None:
     other = dataclasses.replace(random_sae, W_dec=torch.randn(40, 16) / 5)
-    path = saved(other, tiny_cache, tmp_path / "larger")
+    path = saved(trained_on(other, tiny_cache), tmp_path / "larger")
     result = dark(random_sae, tiny_cache, others=(path,))
     plain = [Plain(sae, tiny_cache) for sae in (random_sae, other)]
     lengths = []
@@ -552,17 +550,19 @@ def test_the_parts_are_a_cache_to_train_on(
 
 
 def test_an_other_sae_of_another_model_is_refused_by_its_path(
-    random_sae: SAE, tiny_cache: ActivationCache, tmp_path: Path
+    random_sae: SAE, tiny_cache: ActivationCache, trained_on: TrainedOn, tmp_path: Path
 ) -> None:
-    path = saved(random_sae, tiny_cache, tmp_path / "far", model="gpt9", model_fingerprint="f" * 64)
+    stranger = trained_on(random_sae, tiny_cache, model="gpt9", model_fingerprint="f" * 64)
+    path = saved(stranger, tmp_path / "far")
     with pytest.raises(CacheError, match=r"others: .*/far: the SAE was trained on model 'gpt9'"):
         dark(random_sae, tiny_cache, others=(path,))
 
 
 def test_other_saes_must_differ_in_name_and_be_there(
-    random_sae: SAE, tiny_cache: ActivationCache, tmp_path: Path
+    random_sae: SAE, tiny_cache: ActivationCache, trained_on: TrainedOn, tmp_path: Path
 ) -> None:
-    paths = tuple(saved(random_sae, tiny_cache, tmp_path / a / "run") for a in ("a", "b"))
+    own = trained_on(random_sae, tiny_cache)
+    paths = tuple(saved(own, tmp_path / a / "run") for a in ("a", "b"))
     with pytest.raises(ConfigError, match="is not the first of the name 'run'"):
         dark(random_sae, tiny_cache, others=paths)
     with pytest.raises(CheckpointError, match="holds no finished SAE"):

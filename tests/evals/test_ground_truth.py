@@ -16,7 +16,7 @@ from saekit.evals._ground_matching import definitions, find, scores
 from saekit.evals._ground_rows import Told, Truth
 from saekit.evals.core import CoreConfig
 from saekit.evals.ground_truth import GroundTruthConfig
-from saekit.results import EvalResult, Provenance
+from saekit.results import EvalResult
 from saekit.sae import SAE, ReLU, SparseCode, TopK
 from saekit.seeds import stream
 from saekit.synthetic import Synthetic, SyntheticConfig
@@ -402,20 +402,10 @@ def test_a_cache_that_keeps_no_dictionary_is_refused(tmp_path: Path, exact: SAE)
 
 
 def test_an_sae_of_another_dictionary_is_refused(
-    cache: ActivationCache, truth: Synthetic, tmp_path: Path
+    cache: ActivationCache, truth: Synthetic, trained_on: Callable[..., SAE], tmp_path: Path
 ) -> None:
     other = planted_cache(tmp_path, replace(LAW, seed=1), 300, holdout=0.5)
-    origin = Provenance(
-        kind="topk",
-        hook=HOOK,
-        model=other.model,
-        model_fingerprint=other.model_fingerprint,
-        cache_fingerprint=other.fingerprint,
-        config={},
-        rows_seen=1,
-        versions={},
-    )
-    sae = replace(reader(truth.directions, truth), provenance=origin)
+    sae = trained_on(reader(truth.directions, truth), other, hook=HOOK)
     with pytest.raises(CacheError, match="trained on model 'planted' .fingerprint"):
         found_in(sae, cache)
 

@@ -31,7 +31,7 @@ from saekit.evals._task_codes import Coder
 from saekit.evals._task_patch import Patcher
 from saekit.evals._task_scores import Table, effect, necessity, recovered, sufficiency
 from saekit.evals.indirect_object import IndirectObjectConfig
-from saekit.results import EvalResult, Provenance
+from saekit.results import EvalResult
 from saekit.sae import SAE, ReLU, TopK
 from saekit.seeds import stream
 from saekit.trainers.topk import TopKConfig
@@ -433,22 +433,17 @@ def task(sparse: SAE, cache: ActivationCache, model: LanguageModel) -> Task:
 
 
 @pytest.fixture(scope="module")
-def refitted(sparse: SAE, cache: ActivationCache, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def refitted(
+    sparse: SAE,
+    cache: ActivationCache,
+    trained_on: Callable[..., SAE],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     """As if trained on activations without the code of the IO."""
     rows = torch.randn(80, 256, generator=torch.Generator().manual_seed(5))
-    origin = Provenance(
-        kind="topk",
-        hook=f"{HOOK}:without_100_io",
-        model=cache.model,
-        model_fingerprint=cache.model_fingerprint,
-        cache_fingerprint=cache.fingerprint,
-        config={},
-        rows_seen=1,
-        versions={},
-    )
     folder = tmp_path_factory.mktemp("refitted")
-    sae = dataclasses.replace(sparse, W_enc=rows.T.contiguous(), W_dec=rows, provenance=origin)
-    checkpoint.save(sae, folder)
+    sae = dataclasses.replace(sparse, W_enc=rows.T.contiguous(), W_dec=rows)
+    checkpoint.save(trained_on(sae, cache, hook=f"{HOOK}:without_100_io"), folder)
     return folder
 
 

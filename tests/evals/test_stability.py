@@ -1,6 +1,7 @@
 import dataclasses
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import torch
 from saekit import ActivationCache, checkpoint, evaluate
 from saekit.errors import CacheError, CheckpointError, ConfigError
 from saekit.evals.stability import StabilityConfig
-from saekit.results import EvalResult, Provenance
+from saekit.results import EvalResult
 from saekit.sae import SAE, TopK
 
 HOOK = "resid_post.0"
+TrainedOn = Callable[..., SAE]
 
 
 def stability(sae: SAE, cache: ActivationCache, *against: Path, **config: Any) -> EvalResult:
@@ -23,20 +25,6 @@ def stability(sae: SAE, cache: ActivationCache, *against: Path, **config: Any) -
 
 def values(result: EvalResult) -> dict[str, float]:
     return {name: metric.value for name, metric in result.metrics.items()}
-
-
-def trained_on(sae: SAE, cache: ActivationCache, **changes: Any) -> SAE:
-    origin = Provenance(
-        kind="topk",
-        hook=HOOK,
-        model=cache.model,
-        model_fingerprint=cache.model_fingerprint,
-        cache_fingerprint=cache.fingerprint,
-        config={"seed": 0, "d_sae": sae.d_sae},
-        rows_seen=1,
-        versions={},
-    )
-    return dataclasses.replace(sae, provenance=dataclasses.replace(origin, **changes))
 
 
 def saved(sae: SAE, folder: Path) -> Path:
@@ -191,7 +179,7 @@ def test_too_many_latents_for_a_matching_are_said_and_mutual_pairs_named(
 
 
 def test_an_sae_of_another_layer_is_looked_at_on_its_own_activations(
-    random_sae: SAE, tiny_cache: ActivationCache, tmp_path: Path
+    random_sae: SAE, tiny_cache: ActivationCache, trained_on: TrainedOn, tmp_path: Path
 ) -> None:
     elsewhere = trained_on(another(), tiny_cache, hook="mlp_out.1")
     result = stability(trained_on(random_sae, tiny_cache), tiny_cache, saved(elsewhere, tmp_path))
@@ -200,7 +188,7 @@ def test_an_sae_of_another_layer_is_looked_at_on_its_own_activations(
 
 
 def test_an_sae_of_another_model_is_refused(
-    random_sae: SAE, tiny_cache: ActivationCache, tmp_path: Path
+    random_sae: SAE, tiny_cache: ActivationCache, trained_on: TrainedOn, tmp_path: Path
 ) -> None:
     stranger = trained_on(another(), tiny_cache, model="gpt9", model_fingerprint="f" * 64)
     with pytest.raises(CacheError, match="trained on model 'gpt9'"):
@@ -225,6 +213,7 @@ def test_a_folder_without_an_sae_is_refused(
 def test_runs_that_began_alike_and_the_very_same_sae_are_pointed_out(
     random_sae: SAE,
     tiny_cache: ActivationCache,
+    trained_on: TrainedOn,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
