@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import tyro
 
+from saekit.commands._help import described, registry
 from saekit.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -59,7 +60,13 @@ def parse(
         args = make_dataclass(
             args.__name__, [held], bases=(args,), namespace=documented, frozen=True, kw_only=True
         )
-    return tyro.cli(args, args=[*flags, *argv], prog=f"saekit {command}")
+    return tyro.cli(
+        args,
+        args=[*flags, *argv],
+        prog=f"saekit {command}",
+        description=described(args.__doc__ or ""),
+        registry=registry(),
+    )
 
 
 def _refuse_unknown(given: dict[str, Any], known: list[str]) -> None:
