@@ -42,6 +42,7 @@ class Workshop:
         self.results, self.plan, self.progress, self.mesh = results, plan, progress, mesh
         self.folder = results / BUILDING
         self.store = self.folder / _STORE
+        self._tally = Tally(mesh)
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -84,7 +85,11 @@ class Workshop:
 
     def meet(self) -> None:
         """Wait until all are here."""
-        Tally(self.mesh).meet()
+        self._tally.meet()
+
+    def works(self) -> None:
+        """Tell those who wait for a step that this process gets on with it."""
+        self._tally.add(1)
 
     def make(self, name: str, made: Callable[[], dict[str, ndarray]], by: int = 0) -> None:
         """The arrays of a step, made unless they are there; of several processes by number `by`,
@@ -94,6 +99,7 @@ class Workshop:
             self.say(name, 0, 1)
             found = {key: np.ascontiguousarray(value) for key, value in made().items()}
             write_atomic(path, lambda temporary: save_file(found, temporary))
+            self.works()
 
     def arrays(self, name: str) -> dict[str, ndarray]:
         """Those of a step that was made."""

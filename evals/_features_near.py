@@ -10,6 +10,8 @@ in a LayerNorm, its centring.
 Axes: d_sae, d, near (nearest others, the nearest first), vocab, top, pair.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int32
@@ -28,8 +30,11 @@ _AT_ONCE = 2**24
 _EPOCHS, _AGAINST = 200, 4
 
 
-def decoder_neighbours(W_dec: Float[Tensor, "d_sae d"], n: int) -> dict[str, ndarray]:
+def decoder_neighbours(
+    W_dec: Float[Tensor, "d_sae d"], n: int, works: Callable[[], object]
+) -> dict[str, ndarray]:
     """`near` and `near_cosine`: the n latents with the largest cosine of decoder rows, and it.
+    `works` is called every now and then.
 
     A row of zeros is near to none: cosine 0.
     """
@@ -42,6 +47,7 @@ def decoder_neighbours(W_dec: Float[Tensor, "d_sae d"], n: int) -> dict[str, nda
         best = alike.topk(n)
         near.append(best.indices.int().cpu())
         cosine.append(best.values.cpu())
+        works()
     return {"near": torch.cat(near).numpy(), "near_cosine": torch.cat(cosine).numpy()}
 
 
@@ -74,7 +80,10 @@ def coactive(
 
 
 def map_of(
-    W_dec: Float[Tensor, "d_sae d"], near: Int32[ndarray, "d_sae near"], cosine: ndarray
+    W_dec: Float[Tensor, "d_sae d"],
+    near: Int32[ndarray, "d_sae near"],
+    cosine: ndarray,
+    works: Callable[[], object],
 ) -> Float32[ndarray, "d_sae 2"]:
     """A place in the plane for each latent, near latents close to each other.
 
@@ -109,10 +118,13 @@ def map_of(
             square = apart.square().sum(1, keepdim=True)
             move += (2 * apart / ((0.001 + square) * (1 + square))).clamp(-4, 4)
         place = place + step * move / near.shape[1]
+        works()
     return place.numpy()
 
 
-def logit_effects(sae: SAE, model: LanguageModel, hook: str, top: int) -> dict[str, ndarray]:
+def logit_effects(
+    sae: SAE, model: LanguageModel, hook: str, top: int, works: Callable[[], object]
+) -> dict[str, ndarray]:
     """Tokens that each decoder row raises and lowers most and by how much, and the moments of its
     effects over the vocabulary. Empty lists and NaN where the hook does not reach the logits."""
     to_residual = model.residual_map(hook)
@@ -139,4 +151,5 @@ def logit_effects(sae: SAE, model: LanguageModel, hook: str, top: int) -> dict[s
             "logit_kurtosis": divided(m4, m2**2),
         }.items():
             parts.setdefault(name, []).append(values)
+        works()
     return {name: np.concatenate(values) for name, values in parts.items()}

@@ -13,7 +13,9 @@ Axes: place (tokens of windows, laid end to end), d, d_sae.
 """
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -186,13 +188,14 @@ class Examples(Eval):
 
         def places() -> dict[str, ndarray]:
             near = shop.arrays("neighbours")
-            return {"xy": map_of(W_dec, near["near"], near["near_cosine"])}
+            return {"xy": map_of(W_dec, near["near"], near["near_cosine"], shop.works)}
 
         if model is not None:
-            shop.make("logits", lambda: logit_effects(self.sae, model, self.hook, cfg.top))
-        shop.make("neighbours", lambda: decoder_neighbours(W_dec, cfg.near), by=1)
+            effects = partial(logit_effects, self.sae, model, self.hook, cfg.top, shop.works)
+            shop.make("logits", effects)
+        shop.make("neighbours", lambda: decoder_neighbours(W_dec, cfg.near, shop.works), by=1)
         shop.make("map", places, by=1)
-        shop.make("peaks", lambda: {"place": self._peaks(spool, text)}, by=2)
+        shop.make("peaks", lambda: {"place": self._peaks(spool, text, shop.works)}, by=2)
         shop.meet()
 
     def _known(self, shop: Workshop) -> dict[str, ndarray]:
@@ -232,13 +235,14 @@ class Examples(Eval):
     def _mean(self) -> torch.Tensor:
         return torch.as_tensor(self.cache.stats(self.hook).mean).to(self.device, torch.float32)
 
-    def _peaks(self, spool: Spool, text: Text) -> ndarray:
+    def _peaks(self, spool: Spool, text: Text, works: Callable[[], object]) -> ndarray:
         """Places where each latent is strongest, as many as there are silent contexts; -1 for no
         more."""
         peaks = np.full((self.sae.d_sae, max(1, self.cfg.n_silent)), -1)
         for first, last in spool.chunks(0, self.sae.d_sae, AT_ONCE):
             found = _features_latents.peaks(spool.actives(first, last), text, peaks.shape[1])
             peaks[first + found.latent, found.rank] = found.place
+            works()
         return peaks
 
     def _header(self, text: Text) -> Header:

@@ -11,7 +11,7 @@ from torch import Tensor
 from saekit import ActivationCache, evaluate
 from saekit.activations_cache.model import LanguageModel
 from saekit.errors import CacheError, ConfigError, SaekitError
-from saekit.evals import _features_build, _features_spool, _features_write
+from saekit.evals import _features_build, _features_near, _features_spool, _features_write
 from saekit.evals.examples import Examples, ExamplesConfig
 from saekit.features import BUILDING, CONTEXTS, LATENTS, FeatureStore, Passage, progress
 from saekit.files import file_checksum
@@ -296,6 +296,20 @@ def test_promoted_tokens_are_those_of_the_whole_logit_matrix(
     np.testing.assert_allclose(store.column("logit_std"), m2.sqrt(), rtol=1e-4)
     np.testing.assert_allclose(store.column("logit_kurtosis"), m4 / m2**2, rtol=1e-4)
     assert store.vocab == model.vocab
+
+
+def test_who_makes_what_others_wait_for_says_all_along_that_it_gets_on(
+    random_sae: SAE, tiny_cache: ActivationCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = LanguageModel.load(tiny_cache.model)
+    said: list[str] = []
+    monkeypatch.setattr(_features_near, "_AT_ONCE", 10 * len(model.vocab))
+    _features_near.logit_effects(random_sae, model, HOOK, 3, lambda: said.append("logits"))
+    monkeypatch.setattr(_features_near, "_AT_ONCE", 10 * 40)
+    W_dec = random_sae.W_dec
+    near = _features_near.decoder_neighbours(W_dec, 3, lambda: said.append("near"))
+    _features_near.map_of(W_dec, near["near"], near["near_cosine"], lambda: said.append("map"))
+    assert said == ["logits"] * 4 + ["near"] * 4 + ["map"] * _features_near._EPOCHS
 
 
 def test_a_hook_beside_the_residual_stream_goes_through_its_map(
