@@ -7,11 +7,14 @@ wrong usage, 130 interrupted.
 """
 
 import argparse
+import json
 import logging
 import os
 import pkgutil
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 
 import saekit.commands
@@ -86,4 +89,18 @@ def _show_log() -> None:
 
 def _complain(message: str) -> None:
     rank = os.environ.get("RANK")
-    print(f"saekit{f' (rank {rank})' if rank else ''}: {message}", file=sys.stderr)
+    text = f"saekit{f' (rank {rank})' if rank else ''}: {message}"
+    print(text, file=sys.stderr)
+    _tell_torchrun(text)
+
+
+def _tell_torchrun(text: str) -> None:
+    """So that its own last words, the report of who failed, say why, in place of where to read how
+    a traceback is had (torch.distributed.elastic, error propagation)."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is None:
+        return
+    more = {"py_callstack": text, "timestamp": str(int(time.time()))}
+    # A full disk, say, is no matter: the text is printed already.
+    with suppress(OSError), open(path, "w", encoding="utf-8") as file:
+        json.dump({"message": {"message": text, "extraInfo": more}}, file)

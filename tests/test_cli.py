@@ -8,6 +8,7 @@ import uuid
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import saekit.commands
 from saekit import ActivationCache, checkpoint, cli
@@ -290,6 +291,24 @@ def test_the_processes_of_torchrun_take_the_runs_of_a_sweep_in_turn(
     code, out, _ = run(capsys, "train", sweep, "--out", tmp_path / "five")
     assert code == 0 and "rank 3 of 5 has no run to train" in out
     assert not (tmp_path / "five").exists()
+
+
+def test_torchrun_is_told_why_a_process_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = tmp_path / "error.json"
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(told))
+    code, _, err = run(capsys, "report", tmp_path)
+    assert code == 2 and err.startswith("saekit (rank 1): 'saekit report' runs in one process")
+    failure = ProcessFailure(local_rank=1, pid=1, exitcode=code, error_file=str(told))
+    assert failure.timestamp > 0
+    # What torchrun prints last.
+    assert err.strip() in str(ChildFailedError("saekit", {1: failure}))
+    # Of a disk with no room, say: what is printed still is.
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "gone" / "error.json"))
+    assert run(capsys, "report", tmp_path) == (2, "", err)
 
 
 @pytest.mark.parametrize(("rank", "ranks"), [("2", "2"), ("1", None), ("0", "0"), ("x", "2")])
