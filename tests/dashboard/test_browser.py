@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect
 
-from saekit.dashboard import export
+from saekit.dashboard import export, write_report
+from saekit.dashboard.compare import write_comparison
 from saekit.dashboard.data import Run
 
 SHOWS = {
@@ -186,3 +187,18 @@ def test_the_static_site_is_looked_around_in_from_the_disk(
     assert 0 < rows.count() < n_alive
     page.get_by_label("Search").fill("nothing has this")
     expect(rows).to_have_count(0)
+
+
+def test_tables_of_reports_have_no_empty_bands_on_a_phone(
+    runs: Path, tmp_path: Path, page: Page
+) -> None:
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.goto(write_comparison([runs / "first", runs / "second"], tmp_path / "both.html").as_uri())
+    headings = page.locator(".compared thead tr")
+    heights = headings.evaluate_all("rows => rows.map((row) => row.offsetHeight)")
+    assert len(heights) >= 2 and max(heights) < 45  # one line: columns that follow are out of sight
+    page.goto(write_report(runs / "first", tmp_path / "one.html").as_uri())
+    rows = page.locator(".metrics tbody tr")
+    expect(rows.first).to_contain_text("explained variance about the mean")
+    ends = rows.evaluate_all("rows => rows.map((row) => row.getBoundingClientRect().right)")
+    assert len(ends) > 5 and max(ends) <= 390
