@@ -8,7 +8,8 @@ same probe rows, latents and reconstructions of all three must agree. Axes: row,
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -92,28 +93,19 @@ def convert(
     it cannot hold the SAE or the product does not compute the same; then nothing is left at `out`.
     """
     out = Path(out)
-    module = _formats.find(format)
-    if not hasattr(module, "write"):
-        raise ConfigError(
-            f"format '{format}' is read only; {', '.join(_formats.writable())} can be written"
-        )
-    if len(sources) != 1 and not hasattr(module, "write_set"):
-        raise ConfigError(f"format '{format}' holds one SAE in a folder, not {len(sources)}")
+    module = _writer(format, len(sources))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is there already: give a new folder")
     asked, sources = sources, [local(source) for source in sources]
     stored = [read_stored(source, source_format) for source in sources]
     saes = [folded(one, source) for one, source in zip(stored, sources, strict=True)]
     origins = [{**one.origin, **(about or {})} for one in stored]
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
-    try:
-        # Formats take a folder's name for the hook point.
-        made = scratch / out.absolute().name
+    with _becomes(out) as made:
         if len(saes) == 1:
             module.write(saes[0], made, origins[0])
         else:
             module.write_set(saes, made, origins)
+        files = zip(sources, stored, strict=True)
         record = {
             "format": FORMAT,
             "version": 1,
@@ -122,10 +114,7 @@ def convert(
             "product_format": format,
             "asked_for": [str(source) for source in asked],
             "sources": [str(Path(source).absolute()) for source in sources],
-            "source_files": [
-                _hashes(Path(source), one.format)
-                for source, one in zip(sources, stored, strict=True)
-            ],
+            "source_files": [_hashes(Path(source), one.format) for source, one in files],
             "product_files": _hashes(made, format),
             "origins": origins,
         }
@@ -133,13 +122,38 @@ def convert(
         if not record["passed"]:
             raise CheckpointError(f"{out} was not written: {_verdict(record)}")
         write_json(made / FILE, record)
+    return record
+
+
+def _writer(format: str, n_saes: int) -> Any:
+    """The module of a format, which must be able to write so many SAEs into a folder."""
+    module = _formats.find(format)
+    if not hasattr(module, "write"):
+        raise ConfigError(
+            f"format '{format}' is read only; {', '.join(_formats.writable())} can be written"
+        )
+    if n_saes != 1 and not hasattr(module, "write_set"):
+        raise ConfigError(f"format '{format}' holds one SAE in a folder, not {n_saes}")
+    return module
+
+
+@contextmanager
+def _becomes(out: Path) -> Iterator[Path]:
+    """A folder that takes the place of `out`, missing or empty, at the end of the block; where that
+    fails, nothing is left of it."""
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        # Formats take a folder's name for the hook point.
+        made = scratch / out.name
+        yield made
         made.chmod(0o755)
         if out.exists():
             out.rmdir()
         made.replace(out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return record
 
 
 def read_record(product: Path | str) -> dict[str, Any]:

@@ -1,5 +1,5 @@
-"""Charts of several SAEs at once, : each SAE has one colour and one number
-throughout, so that the page needs one legend for all of them.
+"""Charts of several SAEs at once: each SAE has one colour and one number throughout, so that the
+page needs one legend for all of them.
 
 Text from folders and configs is escaped, since plotly reads labels as markup.
 """
@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 from numpy import ndarray
 
-from saekit.plot.run import INK, MUTED, PALE, SLATE, WARM, _empty, _finish, _range, _title
+from saekit.plot.run import INK, MUTED, PALE, SLATE, WARM, _empty, _finish, _head, _range
 from saekit.results import Metric
 
 COLOURS = (
@@ -242,21 +242,6 @@ def lives(curves: Sequence[tuple[int, str, Curves]]) -> dict[str, go.Figure]:
         _head(figure, title, detail)
         panels[name] = _finish(figure, height=270, top=36)
     return panels
-
-
-def _head(figure: go.Figure, title: str, detail: str) -> None:
-    figure.add_annotation(
-        text=_title(title, detail),
-        showarrow=False,
-        font_size=13,
-        x=0,
-        y=1,
-        xref="paper",
-        yref="paper",
-        xanchor="left",
-        yanchor="bottom",
-        yshift=8,
-    )
 
 
 def _thinned(

@@ -76,20 +76,7 @@ def training_curves(curves: Mapping[str, Float[ndarray, " step"]], columns: int 
             trace.update(mode="markers", marker={"color": line["color"], "size": 7})
         figure.add_trace(trace, row, column)
         figure.update_yaxes(_range(name, y), row=row, col=column)
-        figure.add_annotation(
-            text=_title(*_PANELS[name][:2]),
-            showarrow=False,
-            font_size=13,
-            x=0,
-            y=1,
-            xref="x domain",
-            yref="y domain",
-            xanchor="left",
-            yanchor="bottom",
-            yshift=6,
-            row=row,
-            col=column,
-        )
+        _head(figure, *_PANELS[name][:2], row=row, col=column)
         if at + columns >= len(panels):
             figure.update_xaxes(title_text=f"{unit} trained on", row=row, col=column)
     return _finish(figure, height=250 * rows + 10, top=34)
@@ -351,9 +338,22 @@ def _empty(why: str) -> go.Figure:
     return figure.update_xaxes(visible=False).update_yaxes(visible=False)
 
 
-def _title(name: str, detail: str) -> str:
+def _head(figure: go.Figure, name: str, detail: str, **panel: int) -> None:
+    """A title above a chart, or above the panel at `row` and `col`; the detail small behind it."""
     aside = f" <span style='color:{MUTED};font-size:11px'>{detail}</span>" if detail else ""
-    return f"<span style='color:{INK}'><b>{name}</b></span>{aside}"
+    figure.add_annotation(
+        text=f"<span style='color:{INK}'><b>{name}</b></span>{aside}",
+        showarrow=False,
+        font_size=13,
+        x=0,
+        y=1,
+        xref="x domain",
+        yref="y domain",
+        xanchor="left",
+        yanchor="bottom",
+        yshift=6,
+        **panel,
+    )
 
 
 def _range(name: str, y: Float[ndarray, " step"]) -> dict[str, object]:
