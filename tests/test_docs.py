@@ -3,13 +3,16 @@
 import importlib.util
 import json
 import re
+import shlex
 import sys
 import tomllib
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import tyro
 
 from saekit import cli, interop
 from saekit.evals import _kinds as eval_kinds
@@ -19,6 +22,11 @@ from saekit.trainers._sweep import expand
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("saekit", "activations_cache", "trainers", "evals", "dashboard")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [
+    path
+    for places in ("*.md", "docs/**/*.md", "*/README.md", "saekit/**/README.md")
+    for path in sorted(ROOT.glob(places))
+]
 
 
 def _module(path: Path) -> ModuleType:
@@ -163,10 +171,59 @@ def test_every_variable_that_is_read_stands_in_the_readme() -> None:
 
 
 def test_every_link_leads_to_a_file() -> None:
-    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md")]
-    for page in pages:
+    for page in PAGES:
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+class Parsed(BaseException):
+    """A command's flags were understood; nothing is to be done."""
+
+
+def _commands(page: str) -> list[list[str]]:
+    """The words of every `saekit ...` in a page's blocks of commands, without `saekit`."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    found = [shlex.split(line.partition(" #")[0]) for line in lines]
+    return [
+        words[at + 1 :]
+        for words in found
+        for at, word in enumerate(words)
+        if word == "saekit" and (at == 0 or words[at - 1] == "-m")
+    ]
+
+
+def test_every_command_in_the_pages_can_be_given_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parse = tyro.cli
+
+    def parse_alone(*args: Any, **given: Any) -> None:
+        parse(*args, **given)
+        raise Parsed
+
+    monkeypatch.setattr(tyro, "cli", parse_alone)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    (tmp_path / "run.toml").write_text("k = 32\n")  # as a run's own, and no page has it
+    n_commands = 0
+    for path in PAGES:
+        page = path.read_text(encoding="utf-8")
+        for text, name in re.findall(r"^```toml\n(# (\w+\.toml).*?)^```", page, re.S | re.M):
+            (tmp_path / name).write_text(text)
+        for words in _commands(page):
+            if words == ["--help"] or "..." in words:
+                continue
+            n_commands += 1
+            try:
+                code: object = cli.main(words)
+            except Parsed:
+                continue
+            except SystemExit as stopped:
+                code = stopped.code
+            said = capsys.readouterr().err
+            pytest.fail(f"{path.relative_to(ROOT)}: saekit {shlex.join(words)}: {code}, {said}")
+    assert n_commands > 50
 
 
 def test_every_command_has_a_line_of_help() -> None:

@@ -4,7 +4,6 @@ import importlib
 import inspect
 import json
 import pkgutil
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,6 @@ from saekit.evals import _kinds as evaluations
 from saekit.trainers import _kinds as kinds
 
 ROOT = Path(__file__).parent.parent
-FLAG = r"--[a-z][\w-]*"
 PARTS = ("_api", "_commands", "_links", "_metrics", "_notebooks")
 
 
@@ -128,19 +126,3 @@ def test_a_notebook_is_shown_with_its_outputs(site: dict[str, ModuleType], tmp_p
     assert "<div><b>inline</b></div>" in page and "````text\nplain\n````" in page
     assert site["_notebooks"].has_figures(made)
     assert site["_notebooks"].pages(tmp_path / "nowhere") == {}
-
-
-def test_every_flag_in_the_pages_is_one_of_its_command(site: dict[str, ModuleType]) -> None:
-    variants, used = site["_commands"].variants(), dict[tuple[str, ...], set[str]]()
-    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
-        for block in re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
-            for line in block.replace("\\\n", " ").splitlines():
-                if found := re.search(r"\bsaekit ([a-z]+)( .*)?$", line.partition(" #")[0]):
-                    name, rest = found[1], (found[2] or "").replace("--gpus ", "--gpus=")
-                    words = [name, *(v for v in variants.get(name, []) if v in rest.split())]
-                    used.setdefault(tuple(words), set()).update(re.findall(FLAG, rest))
-    assert len(used) > 10
-    for named, flags in used.items():
-        if flags - {"--help"}:
-            said = set(re.findall(FLAG, site["_commands"].help_of(list(named))))
-            assert flags - {"--help"} <= said, named

@@ -11,8 +11,8 @@ from saekit.commands import features
 from saekit.evals import _kinds as evaluations
 from saekit.trainers import _kinds as kinds
 
-# What is written under a field is wrapped at 100 columns, and stands behind the flag's name.
-WIDTH = 122
+WIDTH = 100
+"""Of the pages' text, in columns. Lines of use go beyond it by themselves."""
 
 
 def variants() -> dict[str, list[str]]:
