@@ -189,7 +189,7 @@ def _commands(page: str) -> list[list[str]]:
         words[at + 1 :]
         for words in found
         for at, word in enumerate(words)
-        if word == "saekit" and (at == 0 or words[at - 1] == "-m")
+        if word.rpartition("/")[2] == "saekit" and (at == 0 or words[at - 1] == "-m")
     ]
 
 
