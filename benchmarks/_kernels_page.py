@@ -295,6 +295,9 @@ def _times(line: Line) -> str:
 
 def sanitized(results: Results) -> str:
     """What compute-sanitizer said, of which tests, with how many launches."""
+    lines = results.get("sanitize", [])
+    of_several = [line for line in lines if "file" not in line]
+    of_files = [line for line in lines if "file" in line]
     rows = [
         (
             line["op"],
@@ -304,7 +307,7 @@ def sanitized(results: Results) -> str:
             f"{sum(line['launches'].values()):,} of {len(line['launches'])} kernels",
             line["commit"],
         )
-        for line in newest(results.get("sanitize", []), "op", "file", "tests")
+        for line in [*of_several, *newest(of_files, "op", "file")]
     ]
     return markdown(("tool", "file", "it says", "tests", "launches", "of commit"), rows)
 

@@ -149,7 +149,10 @@ class JumpReLUTrainer(Penalised):
         parts = (sample[:_TRIED_ROWS] - self.b_dec).split(at_once)
         largest = torch.cat([(x @ self.W_enc + self.b_enc).amax(1) for x in parts])
         largest = self.mesh.reduce(largest, "latent", "max") / self.unit.clamp_min(1e-30)
-        start = float(largest.quantile(1 - _LEAST).clamp(0, self.cfg.threshold_init))
+        found = largest.quantile(1 - _LEAST).clamp(0, self.cfg.threshold_init)
+        # Slices of the same latents must start alike, whatever their processors make of a product.
+        self.mesh.same(found)
+        start = float(found)
         if start < self.cfg.threshold_init:
             log.info(
                 "thresholds start at %.2g: at threshold_init=%g next to nothing would fire",
